@@ -1,0 +1,57 @@
+"""Per-request sampling parameters: what the engine does with a request, in tokens. Text (stop strings) is the front end's."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from medusa_core.errors import InvalidParameterError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingParams:
+    """How to choose tokens. Validated on construction; raises InvalidParameterError naming the field.
+
+    temperature: 0 is greedy. top_p in (0, 1], top_k 0 = off, min_p in [0, 1]. Filters apply in the order temperature, top_k,
+        top_p, min_p; ties at a threshold are kept.
+    seed: 64-bit; None draws fresh random bits for each choice.
+    max_tokens: most tokens to emit; None = as many as fit in the context.
+    min_tokens: tokens emitted before EOS or a stop token id may be drawn.
+    stop_token_ids: ids that end the output (emitted as its last token).
+    n: choices; choice i is drawn with noise key (seed, i), so choice 0 equals the n = 1 output.
+    is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    n: int = 1
+    is_speculation_enabled: bool = True
+
+    def __post_init__(self) -> None:
+        self._check("temperature", 0.0 <= self.temperature <= 2.0, "between 0 and 2")
+        self._check("top_p", 0.0 < self.top_p <= 1.0, "greater than 0 and at most 1")
+        self._check("top_k", self.top_k >= 0, "0 (off) or a positive integer")
+        self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
+        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        self._check("n", 1 <= self.n <= 128, "between 1 and 128")
+        if self.max_tokens is not None:
+            self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
+
+    def _check(self, field: str, is_valid: bool, expected: str) -> None:
+        value = getattr(self, field)
+        # Comparisons with NaN are False, so NaN never passes; infinities fail the range checks.
+        if not is_valid or (isinstance(value, float) and not math.isfinite(value)):
+            raise InvalidParameterError(f"{field} must be {expected}, got {value}.", param=field)
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0.0
