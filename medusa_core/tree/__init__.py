@@ -1,0 +1,1 @@
+"""Trees of draft tokens: their shape, the published ones, and the best one for measured accuracies. No torch."""

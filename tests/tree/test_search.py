@@ -1,0 +1,83 @@
+"""The tree search against brute force, and against the published accuracies of the 7B heads."""
+
+import itertools
+
+import pytest
+
+from medusa_core.errors import ConfigError
+from medusa_core.tree.presets import load_tree
+from medusa_core.tree.search import best_tree, expected_tokens
+from medusa_core.tree.topology import TreeTopology
+
+# Accuracy by rank of the 7B heads 1-4 (top-1 .. top-5), from the cumulative figures published with the original code.
+HEADS_7B = [
+    [0.560, 0.112, 0.055, 0.033, 0.020],
+    [0.316, 0.108, 0.061, 0.043, 0.034],
+    [0.201, 0.087, 0.060, 0.035, 0.034],
+    [0.147, 0.078, 0.049, 0.037, 0.029],
+]
+
+
+def all_trees(num_draft_nodes, num_heads, num_ranks):
+    """Every tree of that many draft nodes, as sets of choices closed under parents."""
+    nodes = [path for depth in range(1, num_heads + 1) for path in itertools.product(range(num_ranks), repeat=depth)]
+    for choices in itertools.combinations(nodes, num_draft_nodes):
+        if all(choice[:-1] in choices or len(choice) == 1 for choice in choices):
+            yield TreeTopology(choices)
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 4, 5, 6])
+def test_no_tree_of_the_same_size_is_better(num_nodes):
+    accuracy = [[0.5, 0.3], [0.45, 0.1], [0.4, 0.35]]
+    found = best_tree(accuracy, num_nodes)
+    best = max(expected_tokens(tree, accuracy, num_nodes) for tree in all_trees(num_nodes - 1, 3, 2))
+    assert found.num_nodes == num_nodes
+    assert expected_tokens(found, accuracy, num_nodes) == pytest.approx(best)
+
+
+def test_smaller_trees_are_prefixes_of_larger_ones():
+    large = best_tree(HEADS_7B, 64)
+    assert all(best_tree(HEADS_7B, num_nodes) == large.prefix(num_nodes) for num_nodes in (1, 2, 9, 33, 64))
+
+
+def test_expected_tokens_grow_ever_slower():
+    tree = best_tree(HEADS_7B, 64)
+    gains = [expected_tokens(tree, HEADS_7B, n + 1) - expected_tokens(tree, HEADS_7B, n) for n in range(1, tree.num_nodes)]
+    assert all(gain > 0 for gain in gains)
+    assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(gains))
+
+
+def test_published_figures_of_the_7b_heads():
+    tree = best_tree(HEADS_7B, 64)
+    figures = {2: 1.56, 3: 1.74, 4: 1.85, 5: 1.91, 7: 2.00, 9: 2.07}
+    assert {n: round(expected_tokens(tree, HEADS_7B, n), 2) for n in figures} == figures
+    chain = TreeTopology.chain(4)
+    assert [round(expected_tokens(chain, HEADS_7B, n), 2) for n in (2, 3, 4, 5)] == [1.56, 1.74, 1.77, 1.78]
+
+
+def test_the_search_beats_the_published_tree_on_its_own_accuracies():
+    published = load_tree("mc_sim_7b_63")
+    for num_nodes in (4, 8, 16, 32, 64):
+        ours = expected_tokens(best_tree(HEADS_7B, num_nodes), HEADS_7B, num_nodes)
+        assert ours >= expected_tokens(published, HEADS_7B, num_nodes)
+
+
+def test_the_root_alone_emits_one_token():
+    assert best_tree(HEADS_7B, 1) == TreeTopology.chain(0)
+    assert expected_tokens(load_tree("mc_sim_7b_63"), HEADS_7B, 1) == 1.0
+
+
+def test_few_candidates_give_a_small_tree():
+    assert best_tree([[0.5, 0.2]], 64).choices == ((0,), (1,))
+    assert best_tree([], 64).num_nodes == 1
+
+
+def test_nodes_without_a_measured_accuracy_count_nothing():
+    tree = TreeTopology.from_choices([(0,), (7,), (0, 0)])
+    assert expected_tokens(tree, [[0.5, 0.2]], 4) == 1.5
+
+
+@pytest.mark.parametrize(("accuracy", "message"), [([[0.2, 0.4]], "head 1 must not increase"), ([[0.5], [1.5]], "head 2 must lie")])
+def test_impossible_accuracies_are_refused(accuracy, message):
+    with pytest.raises(ConfigError, match=message):
+        best_tree(accuracy, 4)
