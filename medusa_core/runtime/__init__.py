@@ -1,0 +1,1 @@
+"""The device side: executes plans. KV store, lane state, packing, runner."""

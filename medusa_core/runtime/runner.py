@@ -1,0 +1,239 @@
+"""Executes plans: one packed forward pass per step, then verification and commit over lane state.
+
+The decode part reads and writes lane state only; nothing in it needs a value on the host, so a step can be launched before the
+previous one's result has been read. `submit` launches, `PendingResult.result` waits.
+
+Shapes: B lanes of a group · N nodes · T packed tokens · L levels · V vocabulary · E hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_core.attention.context import PagedContext
+from medusa_core.attention.segments import AttentionBackend, Segment
+from medusa_core.outputs import FinishReason
+from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
+from medusa_core.runtime.kv_store import KVStore
+from medusa_core.runtime.lanes import LaneState
+from medusa_core.speculation.device_tree import DeviceTree
+from medusa_core.speculation.drafter import Draft, draft_tree
+from medusa_core.speculation.verify import FINISHED_LENGTH, FINISHED_STOP, cut_walk, walk_tree
+from medusa_core.tree.topology import TreeTopology
+
+_FINISH_REASONS = {FINISHED_STOP: FinishReason.STOP, FINISHED_LENGTH: FinishReason.LENGTH}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceModel:
+    """The model as the runner uses it.
+
+    forward: (token_ids_T, position_ids_T, context) -> post-norm hidden_TE. project: hidden_TE -> logits_TV float32.
+    draft: (hidden_BE, k) -> each head's k best tokens, int64 [B, K, k]; None without heads, and every tree has one node.
+    """
+
+    forward: Callable[[Tensor, Tensor, PagedContext], Tensor]
+    project: Callable[[Tensor], Tensor]
+    draft: Draft | None
+    eos_token_ids: tuple[int, ...]
+    device: torch.device
+
+
+@dataclass(slots=True)
+class _Rows:
+    """Rows of one group or chunk in the packed step. `lanes` share a tree; `tokens_BN` are its tokens."""
+
+    lanes: list[int]
+    segment: Segment
+    tokens_BN: Tensor
+    tree: DeviceTree
+    is_prefill: bool
+    has_draw: bool
+
+
+@dataclass(slots=True)
+class _GroupResult:
+    """Device tensors of one verified group, read back in `result`."""
+
+    lanes: list[int]
+    uids: list[int]
+    tree: DeviceTree
+    token_ids_BL: Tensor
+    length_B: Tensor
+    num_kept_B: Tensor
+    finish_code_B: Tensor
+
+
+class PendingResult:
+    """A launched step (plan.PendingStep)."""
+
+    def __init__(self, step_id: int, groups: list[_GroupResult]) -> None:
+        self._step_id = step_id
+        self._groups = groups
+
+    def result(self) -> StepResult:
+        """Wait for the device and read the step back."""
+        return StepResult(step_id=self._step_id, lanes=[lane for group in self._groups for lane in _read_group(group)])
+
+
+class ModelRunner:
+    """plan.Runner over a transformers model."""
+
+    def __init__(
+        self, *, model: DeviceModel, topology: TreeTopology, kv_store: KVStore, lanes: LaneState, attention: AttentionBackend
+    ) -> None:
+        self._model = model
+        self._topology = topology
+        self._trees: dict[int, DeviceTree] = {}
+        self._kv = kv_store
+        self._lanes = lanes
+        self._attention = attention
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> PendingResult:
+        """Apply lane changes, run the step's rows, launch verification and commit."""
+        for lane in plan.leaves:
+            self._lanes.leave(lane)
+        for join in plan.joins:
+            self._lanes.join(join, self._model.eos_token_ids)
+        for append in plan.block_appends:
+            self._lanes.append_blocks(append)
+        if not plan.has_rows:
+            return PendingResult(plan.step_id, [])
+        rows = self._pack(plan)
+        hidden_TE = self._forward(rows)
+        drawing = [part for part in rows if part.has_draw]
+        if not drawing:
+            return PendingResult(plan.step_id, [])
+        verified_hidden = [_verified_rows(part, hidden_TE) for part in drawing]
+        logits_TV = self._model.project(torch.cat([hidden.flatten(0, 1) for hidden in verified_hidden]))
+        groups, start = [], 0
+        for part, hidden_BNE in zip(drawing, verified_hidden, strict=True):
+            num_rows = hidden_BNE.shape[0] * hidden_BNE.shape[1]
+            logits_BNV = logits_TV[start : start + num_rows].view(*hidden_BNE.shape[:2], -1)
+            groups.append(self._verify(part, hidden_BNE, logits_BNV))
+            start += num_rows
+        return PendingResult(plan.step_id, groups)
+
+    def _pack(self, plan: StepPlan) -> list[_Rows]:
+        rows: list[_Rows] = []
+        start_row = 0
+        for chunk in plan.chunks:
+            rows.append(self._pack_chunk(chunk, start_row))
+            start_row += rows[-1].segment.num_rows
+        for group in plan.decode_groups:
+            rows.append(self._pack_group(group, start_row))
+            start_row += rows[-1].segment.num_rows
+        return rows
+
+    def _pack_chunk(self, chunk: PrefillChunk, start_row: int) -> _Rows:
+        tree = DeviceTree.causal(chunk.num_tokens, self._model.device)
+        base_B = torch.tensor([chunk.start], dtype=torch.int64, device=self._model.device)
+        tokens_BN = self._lanes.tokens_PL[chunk.lane, chunk.start : chunk.start + chunk.num_tokens].unsqueeze(0)
+        return _Rows([chunk.lane], self._segment([chunk.lane], base_B, tree, start_row), tokens_BN, tree, True, chunk.is_last)
+
+    def _pack_group(self, group: DecodeGroup, start_row: int) -> _Rows:
+        tree = self._tree(group.num_nodes)
+        index_B = self._lanes.index(group.lanes)
+        base_B = self._lanes.num_known_P[index_B] - 1
+        root_B = self._lanes.tokens_PL[index_B, base_B]
+        if self._model.draft is None or tree.num_nodes == 1:
+            tokens_BN = root_B.unsqueeze(1)
+        else:
+            hidden_BE = self._lanes.hidden_PE[index_B]
+            tokens_BN = draft_tree(self._model.draft, hidden_BE, root_B, tree, self._topology.max_rank)
+        return _Rows(group.lanes, self._segment(group.lanes, base_B, tree, start_row), tokens_BN, tree, False, True)
+
+    def _segment(self, lanes: Sequence[int], base_B: Tensor, tree: DeviceTree, start_row: int) -> Segment:
+        context_slots_BC = self._kv.context_slots(self._lanes.block_table(lanes))
+        return Segment(start_row, base_B, tree.depth_N, tree.ancestor_mask_NN, context_slots_BC)
+
+    def _forward(self, rows: list[_Rows]) -> Tensor:
+        context = PagedContext.create(self._kv, [part.segment for part in rows], self._attention)
+        token_ids_T = torch.cat([part.tokens_BN.flatten() for part in rows])
+        return self._model.forward(token_ids_T, context.position_ids(), context)
+
+    def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:
+        lanes, state = part.lanes, self._lanes
+        # A last chunk draws from its last row only: a tree of one node.
+        tree = self._tree(1) if part.is_prefill else part.tree
+        index_B = state.index(lanes)
+        known_B = state.num_known_P[index_B]
+        walk = walk_tree(
+            logits_BNV,
+            part.tokens_BN[:, -tree.num_nodes :],
+            tree,
+            state.sampling_rows(lanes),
+            known_B - state.num_prompt_P[index_B],
+        )
+        room_B = state.max_total_P[index_B] - known_B
+        kept_B, code_B = cut_walk(walk, state.stop_ids_PW[index_B], room_B, state.is_finished_P[index_B])
+        if tree.num_nodes > 1:
+            self._commit_path(part.segment, walk.node_BL, kept_B)
+        level_L = torch.arange(walk.token_ids_BL.shape[1], device=known_B.device)
+        column_BL = torch.where(level_L < kept_B.unsqueeze(1), known_B.unsqueeze(1) + level_L, state.tokens_PL.shape[1] - 1)
+        state.tokens_PL[index_B.unsqueeze(1), column_BL] = walk.token_ids_BL
+        # The new root was drawn at the last kept level's node; a finished lane keeps nothing and is never drafted for again.
+        node_B = walk.node_BL.gather(1, (kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
+        state.hidden_PE[index_B] = hidden_BNE[torch.arange(len(lanes), device=node_B.device), node_B]
+        state.num_known_P[index_B] = known_B + kept_B
+        state.is_finished_P[index_B] |= code_B > 0
+        uids = [state.host[lane].uid for lane in lanes]
+        return _GroupResult(lanes, uids, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B)
+
+    def _commit_path(self, segment: Segment, node_BL: Tensor, kept_B: Tensor) -> None:
+        """Move the K/V of accepted nodes to the slots right behind the root; the last kept token is the new root, not cached yet."""
+        level_L = torch.arange(node_BL.shape[1], device=node_BL.device)
+        has_move_BL = (level_L < kept_B.unsqueeze(1)) & (node_BL != level_L)
+        if node_BL.device.type == "cpu" and not bool(has_move_BL.any()):
+            return
+        base_B1 = segment.base_B.unsqueeze(1)
+        slots_BC = segment.context_slots_BC
+        limit = slots_BC.shape[1] - 1
+        source_BL = slots_BC.gather(1, (base_B1 + node_BL).clamp(max=limit))
+        target_BL = slots_BC.gather(1, (base_B1 + level_L).clamp(max=limit))
+        source_BL = torch.where(has_move_BL, source_BL, self._kv.spare_slot)
+        target_BL = torch.where(has_move_BL, target_BL, self._kv.spare_slot)
+        self._kv.move(source_BL.flatten(), target_BL.flatten())
+
+    def _tree(self, num_nodes: int) -> DeviceTree:
+        if num_nodes not in self._trees:
+            self._trees[num_nodes] = DeviceTree.create(self._topology.prefix(num_nodes), self._model.device)
+        return self._trees[num_nodes]
+
+
+def _verified_rows(part: _Rows, hidden_TE: Tensor) -> Tensor:
+    """Hidden states of the rows that tokens are drawn from, [B, N, E]: a chunk's last row, all nodes of a decode group."""
+    segment = part.segment
+    end = segment.start_row + segment.num_rows
+    start = end - 1 if part.is_prefill else segment.start_row
+    return hidden_TE[start:end].view(segment.num_lanes, -1, hidden_TE.shape[-1])
+
+
+def _read_group(group: _GroupResult) -> list[LaneResult]:
+    token_ids_BL = group.token_ids_BL.tolist()
+    columns = zip(
+        group.lanes,
+        group.uids,
+        token_ids_BL,
+        group.length_B.tolist(),
+        group.num_kept_B.tolist(),
+        group.finish_code_B.tolist(),
+        strict=True,
+    )
+    return [
+        LaneResult(
+            lane=lane,
+            uid=uid,
+            token_ids=token_ids[:num_kept],
+            num_draft_nodes=group.tree.num_nodes - 1,
+            draft_depth=group.tree.max_depth,
+            num_accepted=min(num_kept, length - 1),
+            finish_reason=_FINISH_REASONS.get(finish_code),
+        )
+        for lane, uid, token_ids, length, num_kept, finish_code in columns
+    ]

@@ -1,0 +1,1 @@
+"""Drafting a tree of tokens and verifying it exactly."""

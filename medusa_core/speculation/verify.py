@@ -1,0 +1,98 @@
+"""Exact verification: walk the tree along the tokens the model itself draws.
+
+At each node visited, draw the next token from that node's logits as plain decoding would; descend if a child holds it, else stop.
+Every token emitted is the model's own, whatever the tree proposed: the rule is lossless for greedy decoding and for sampling,
+and no lossless rule accepts more for a fixed set of children. The noise of a draw depends on its index alone
+(sampling/noise.py), so even the sampled tokens do not depend on the tree.
+
+Shapes: B lanes · N tree nodes · L levels (max depth + 1) · V vocabulary · W stop ids per lane.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medusa_core.sampling.sampler import SamplingRows, draw
+from medusa_core.speculation.device_tree import DeviceTree
+
+# finish codes in device tensors
+NOT_FINISHED, FINISHED_STOP, FINISHED_LENGTH = 0, 1, 2
+
+
+@dataclass(slots=True)
+class Walk:
+    """Level l of a lane: the token drawn at the node that level visited.
+
+    token_ids_BL: int64, -1 beyond the walk's end. node_BL: int64, the node whose logits gave the token, 0 beyond the end.
+    length_B: int64, tokens drawn, i.e. accepted + 1.
+    """
+
+    token_ids_BL: Tensor
+    node_BL: Tensor
+    length_B: Tensor
+
+
+def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: SamplingRows, index_B: Tensor) -> Walk:
+    """Draw along one path per lane.
+
+    Args:
+        logits_BNV: float32, the model's logits at each node.
+        tokens_BN: token of each node, as drafted.
+        rows: sampling parameters, one row per lane.
+        index_B: index of the first token drawn (0 = first after the prompt).
+    """
+    num_lanes = logits_BNV.shape[0]
+    device = logits_BNV.device
+    # Without noise or per-index bans a draw does not depend on how the node was reached: one pass over all nodes.
+    argmax_BN = logits_BNV.argmax(dim=-1) if rows.is_all_greedy and not rows.has_min_tokens else None
+    token_ids_BL = torch.full((num_lanes, tree.max_depth + 1), -1, dtype=torch.int64, device=device)
+    node_BL = torch.zeros_like(token_ids_BL)
+    node_B = torch.zeros(num_lanes, dtype=torch.int64, device=device)
+    is_open_B = torch.ones(num_lanes, dtype=torch.bool, device=device)
+    for level in range(tree.max_depth + 1):
+        open_r = _open_lanes(is_open_B)
+        if argmax_BN is not None:
+            drawn_r = argmax_BN[open_r, node_B[open_r]]
+        else:
+            drawn_r = draw(logits_BNV[open_r, node_B[open_r]], rows.take(open_r), index_B[open_r] + level)
+        drawn_B = torch.full_like(node_B, -1)
+        drawn_B[open_r] = drawn_r
+        token_ids_BL[:, level] = torch.where(is_open_B, drawn_B, -1)
+        node_BL[:, level] = node_B
+        is_hit_BN = (tree.parent_N == node_B.unsqueeze(1)) & (tokens_BN == drawn_B.unsqueeze(1))
+        is_open_B = is_open_B & is_hit_BN.any(dim=1)
+        node_B = torch.where(is_open_B, is_hit_BN.to(torch.int64).argmax(dim=1), 0)
+        if device.type == "cpu" and not bool(is_open_B.any()):
+            break
+    return Walk(token_ids_BL, node_BL, (token_ids_BL >= 0).sum(dim=1))
+
+
+def _open_lanes(is_open_B: Tensor) -> Tensor:
+    """Lanes still walking. Off the CPU all lanes are drawn for, since counting the open ones would wait for the device."""
+    if is_open_B.device.type == "cpu":
+        return is_open_B.nonzero().squeeze(1)
+    return torch.arange(is_open_B.shape[0], device=is_open_B.device)
+
+
+def cut_walk(walk: Walk, stop_ids_BW: Tensor, room_B: Tensor, is_finished_B: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tokens of each walk to keep, and why the lane ends: (num_kept_B int64, finish_code_B int64).
+
+    Tokens are taken one by one: a stop token ends the lane and is kept, then the length limit applies.
+
+    Args:
+        stop_ids_BW: EOS and stop ids, -1 padded.
+        room_B: tokens the lane may still emit, at least 1 unless it has finished.
+        is_finished_B: lanes that ended in an earlier step keep nothing.
+    """
+    num_levels = walk.token_ids_BL.shape[1]
+    level_L = torch.arange(num_levels, device=room_B.device)
+    is_drawn_BL = level_L < walk.length_B.unsqueeze(1)
+    is_stop_BL = (walk.token_ids_BL.unsqueeze(2) == stop_ids_BW.unsqueeze(1)).any(dim=2) & is_drawn_BL
+    stop_len_B = torch.where(is_stop_BL, level_L + 1, num_levels + 1).amin(dim=1)
+    kept_B = torch.minimum(torch.minimum(walk.length_B, stop_len_B), room_B)
+    code_B = torch.where(kept_B >= room_B, FINISHED_LENGTH, NOT_FINISHED)
+    code_B = torch.where(stop_len_B <= kept_B, FINISHED_STOP, code_B)
+    return torch.where(is_finished_B, 0, kept_B), torch.where(is_finished_B, NOT_FINISHED, code_B)
