@@ -1,0 +1,112 @@
+"""Medusa heads: K small networks that guess the tokens behind the next one from one hidden state.
+
+Head k (0-based) reads the hidden state of position t behind the final norm, from which the base model predicts token t+1, and
+predicts token t+2+k. A head is L residual blocks `x + silu(linear(x))` and an output layer. Three output layers exist in the wild:
+the base model's `lm_head` shared by all heads, one `lm_head` per head, and either of them over a reduced draft vocabulary.
+"""
+
+# Shape suffixes: B requests · K heads · L blocks per head · C candidates per head · V draft vocabulary · E hidden
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medusa_core.model.projection import Projection
+
+
+class MedusaHeads(nn.Module):
+    """All heads of a model, stacked so that each layer is one batched product.
+
+    Args:
+        weight_LKEE, bias_LKE: the residual blocks' linears; bias None for heads without one.
+        lm_head_KVE: output layers of their own, one per head.
+        draft_projection: an output layer shared by the heads, over the draft vocabulary. With neither, the base model's
+            projection is used.
+        token_map_V: base id of each draft token, int64; None when draft ids are base ids.
+    """
+
+    token_map_V: Tensor | None
+
+    def __init__(
+        self,
+        weight_LKEE: Tensor,
+        bias_LKE: Tensor | None,
+        *,
+        lm_head_KVE: Tensor | None = None,
+        draft_projection: Projection | None = None,
+        token_map_V: Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.weight_LKEE = nn.Parameter(weight_LKEE, requires_grad=False)
+        self.bias_LKE = None if bias_LKE is None else nn.Parameter(bias_LKE, requires_grad=False)
+        self.lm_head_KVE = None if lm_head_KVE is None else nn.Parameter(lm_head_KVE, requires_grad=False)
+        self.draft_projection = draft_projection
+        self.register_buffer("token_map_V", token_map_V)
+
+    @property
+    def num_layers(self) -> int:
+        return self.weight_LKEE.shape[0]
+
+    @property
+    def num_heads(self) -> int:
+        return self.weight_LKEE.shape[1]
+
+    @property
+    def hidden_size(self) -> int:
+        return self.weight_LKEE.shape[2]
+
+    @property
+    def draft_vocab_size(self) -> int | None:
+        """Width of the draft logits; None when it is the base projection's."""
+        if self.lm_head_KVE is not None:
+            return self.lm_head_KVE.shape[1]
+        return None if self.draft_projection is None else self.draft_projection.num_tokens
+
+    @property
+    def layout(self) -> str:
+        """One phrase for logs: how the heads get their logits."""
+        if self.lm_head_KVE is not None:
+            return "own lm_head"
+        return "shared lm_head" if self.draft_projection is None else "shared lm_head, reduced draft vocabulary"
+
+    def transform(self, hidden_BE: Tensor) -> Tensor:
+        """The residual blocks alone: [K, B, E], what the output layers read."""
+        x_KBE = hidden_BE.expand(self.num_heads, *hidden_BE.shape)
+        for layer, weight_KEE in enumerate(self.weight_LKEE):
+            if self.bias_LKE is None:
+                y_KBE = torch.bmm(x_KBE, weight_KEE.transpose(1, 2))
+            else:
+                y_KBE = torch.baddbmm(self.bias_LKE[layer].unsqueeze(1), x_KBE, weight_KEE.transpose(1, 2))
+            x_KBE = x_KBE + functional.silu(y_KBE)
+        return x_KBE
+
+    def forward(self, hidden_BE: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """Draft logits float32 [B, K, V] over the draft vocabulary.
+
+        project: the base model's projection, used by heads that share its lm_head.
+        """
+        x_KBE = self.transform(hidden_BE)
+        if self.lm_head_KVE is not None:
+            return torch.bmm(x_KBE, self.lm_head_KVE.transpose(1, 2)).float().transpose(0, 1)
+        output = self.draft_projection or project
+        logits_RV = output(x_KBE.transpose(0, 1).reshape(-1, self.hidden_size))
+        return logits_RV.view(hidden_BE.shape[0], self.num_heads, -1)
+
+    def topk(self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """Each head's best tokens, best first: base vocabulary ids, int64 [B, K, C]."""
+        return self._base_ids(self(hidden_BE, project).topk(num_candidates, dim=-1).indices)
+
+    def topk_with_logprobs(
+        self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """As `topk`, and the tokens' log-probabilities, float32 [B, K, C]. Apart, since normalising costs more than the top-k."""
+        logits_BKV = self(hidden_BE, project)
+        top_BKC, draft_ids_BKC = logits_BKV.topk(num_candidates, dim=-1)
+        return self._base_ids(draft_ids_BKC), top_BKC - logits_BKV.logsumexp(dim=-1, keepdim=True)
+
+    def _base_ids(self, draft_ids: Tensor) -> Tensor:
+        return draft_ids if self.token_map_V is None else self.token_map_V[draft_ids]
