@@ -1,0 +1,146 @@
+"""`TextProcessor`: text to tokens for requests, tokens to text for answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from medusa_core.errors import InvalidParameterError
+from medusa_core.text.chat_template import ChatTemplate, read_chat_template
+from medusa_core.text.detokenizer import Detokenizer
+from medusa_core.text.stop_strings import StopMatcher
+from medusa_core.text.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """What one push adds to an output.
+
+    num_tokens: how many of the pushed tokens belong to the output. After a stop string, those up to and including the token
+        that completed it: the model generated it, so usage counts it, although its text may be trimmed.
+    stopped: a stop string ended the output here; later tokens are not part of it.
+    """
+
+    text: str
+    num_tokens: int
+    stopped: bool
+
+
+class OutputText:
+    """The text of one choice, built from its tokens. `text` and `num_tokens` are the totals of the deltas returned."""
+
+    def __init__(self, detokenizer: Detokenizer, matcher: StopMatcher, stop_token_ids: frozenset[int]) -> None:
+        self._detokenizer = detokenizer
+        self._matcher = matcher
+        self._stop_token_ids = stop_token_ids
+        self._parts: list[str] = []
+        self.num_tokens = 0
+
+    @property
+    def text(self) -> str:
+        return "".join(self._parts)
+
+    def push(self, token_ids: list[int], *, is_last: bool) -> TextDelta:
+        """Add the tokens of one step and return the text that is certain.
+
+        Held back: the start of a character, and what may be the start of a stop string. `is_last` ends the output and releases
+        both; a final token in `stop_token_ids` then counts but gives no text. The result does not depend on how the tokens are
+        divided over calls.
+        """
+        if self._matcher.is_stopped:
+            return TextDelta("", 0, stopped=True)
+        has_stop_token = is_last and bool(token_ids) and token_ids[-1] in self._stop_token_ids
+        visible = token_ids[:-1] if has_stop_token else token_ids
+        parts: list[str] = []
+        num_tokens = len(token_ids)
+        # One by one, so that the token which completes a stop string is known.
+        for num_pushed, token_id in enumerate(visible, start=1):
+            parts.append(self._matcher.push(self._detokenizer.push(token_id)))
+            if self._matcher.is_stopped:
+                num_tokens = num_pushed
+                break
+        if is_last and not self._matcher.is_stopped:
+            parts.append(self._matcher.push(self._detokenizer.flush()))
+            if self._matcher.is_stopped:
+                num_tokens = len(visible)
+            parts.append(self._matcher.flush())
+        return self._add("".join(parts), num_tokens)
+
+    def _add(self, text: str, num_tokens: int) -> TextDelta:
+        self._parts.append(text)
+        self.num_tokens += num_tokens
+        return TextDelta(text, num_tokens, stopped=self._matcher.is_stopped)
+
+
+class TextProcessor:
+    """A model's tokenizer and chat template. `encode` and `render_chat` may run in threads."""
+
+    def __init__(self, tokenizer: Tokenizer, chat_template: ChatTemplate) -> None:
+        self._tokenizer = tokenizer
+        self._chat_template = chat_template
+
+    @classmethod
+    def load(cls, folder: str | Path, *, chat_template: str | None = None, trust_remote_code: bool = False) -> TextProcessor:
+        """Read tokenizer and template from a model's folder.
+
+        `chat_template` replaces the model's template: Jinja text, or the path of a file with it. Raises ModelLoadError or
+        ConfigError.
+        """
+        template = None if chat_template is None else read_chat_template(chat_template)
+        tokenizer = Tokenizer.load(folder, trust_remote_code=trust_remote_code)
+        return cls(tokenizer, ChatTemplate(tokenizer.hf_tokenizer, template))
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the tokenizer's own BOS or EOS unless `add_special_tokens` is False."""
+        return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of a whole list of tokens, e.g. to echo a prompt given as ids."""
+        return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat format.
+
+        Messages are OpenAI's, as dicts. `template_kwargs` are further template variables, `tools` among them. Raises
+        InvalidParameterError with the template's own message if it refuses the conversation.
+        """
+        text = self._chat_template.render(
+            messages,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            variables=template_kwargs or {},
+        )
+        try:
+            # The template has written the BOS, if the model wants one.
+            return self._tokenizer.encode(text, add_special_tokens=False)
+        except InvalidParameterError as error:
+            raise InvalidParameterError(str(error), param="messages") from error
+
+    def new_output(
+        self,
+        *,
+        stop: tuple[str, ...] = (),
+        include_stop_str_in_output: bool = False,
+        skip_special_tokens: bool = True,
+        stop_token_ids: frozenset[int],
+        prompt_token_ids: Sequence[int] = (),
+    ) -> OutputText:
+        """Start the text of one choice.
+
+        stop_token_ids: ids that end this output when they come last: the request's own and, unless EOS is ignored, the model's.
+        prompt_token_ids: the prompt whose text the output continues, so that a space between the two is kept. Leave it out for a
+            chat answer, which is a text of its own.
+        """
+        decode = partial(self._tokenizer.decode, skip_special_tokens=skip_special_tokens)
+        detokenizer = Detokenizer(decode, byte_values=self._tokenizer.byte_values, prompt_token_ids=prompt_token_ids)
+        return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids)

@@ -1,0 +1,74 @@
+"""A model's tokenizer, reduced to what serving needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from medusa_core.errors import InvalidParameterError, ModelLoadError
+
+
+class Tokenizer:
+    """Wraps a transformers tokenizer.
+
+    `encode` and `decode` change no state, so several threads may use them at once.
+
+    byte_values: for tokenizers with byte fallback (pieces `<0x00>` to `<0xFF>`), the byte each such id stands for; else empty.
+    """
+
+    def __init__(self, hf_tokenizer: Any) -> None:
+        self.hf_tokenizer = hf_tokenizer
+        self.byte_values: Mapping[int, int] = _byte_fallback_values(hf_tokenizer)
+        # A tokenizer.json may carry truncation or padding; the first call switches both off, which changes the shared tokenizer.
+        # Doing it here leaves nothing to change for calls that run in parallel.
+        hf_tokenizer.encode("")
+
+    @classmethod
+    def load(cls, folder: str | Path, *, trust_remote_code: bool = False) -> Tokenizer:
+        """Read the tokenizer saved in a folder. Raises ModelLoadError."""
+        # transformers imports torch here; a caller that only looks at this package should not pay for that.
+        from transformers import AutoTokenizer
+
+        if not Path(folder).is_dir():
+            raise ModelLoadError(f"The tokenizer folder {folder} does not exist.")
+        try:
+            hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+            raise ModelLoadError(
+                f"No tokenizer could be loaded from {folder}: {error}",
+                hint="The folder needs tokenizer.json (or the files of its tokenizer class) and tokenizer_config.json.",
+            ) from error
+        return cls(hf_tokenizer)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Raises InvalidParameterError if the text has no UTF-8 form."""
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # JSON can spell half of a surrogate pair ("\ud83d"), which is no character and which no tokenizer takes.
+            raise InvalidParameterError(
+                f"The text is not valid Unicode: character {error.start} is half of a surrogate pair.", param="prompt"
+            ) from error
+        ids: list[int] = self.hf_tokenizer.encode(text, add_special_tokens=add_special_tokens)
+        return ids
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Text of token ids, without the "clean-up" that moves spaces before punctuation: it would change what the model wrote.
+
+        Ids that the tokenizer does not know (a model's vocabulary may be padded) give no text.
+        """
+        text: str = self.hf_tokenizer.decode(
+            list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+
+def _byte_fallback_values(hf_tokenizer: Any) -> dict[int, int]:
+    pieces = [f"<0x{value:02X}>" for value in range(256)]
+    ids = hf_tokenizer.convert_tokens_to_ids(pieces)
+    # A missing piece maps to None or to the unknown token, so ask back. A vocabulary may also hold these strings as plain text.
+    known = {i: value for value, i in enumerate(ids) if i is not None and hf_tokenizer.convert_ids_to_tokens(i) == pieces[value]}
+    letter_id = next((i for i, value in known.items() if value == ord("A")), None)
+    is_fallback = letter_id is not None and hf_tokenizer.decode([letter_id]) == "A"
+    return known if is_fallback else {}
