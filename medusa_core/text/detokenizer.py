@@ -69,8 +69,9 @@ class Detokenizer:
         delta = text[self._num_shown : -1]
         self._num_shown += len(delta)
         if len(self._pending) > _MAX_PENDING_TOKENS:
-            self._set_context(self._pending[-_MAX_CHARACTER_TOKENS:])
-            self._num_shown -= 1
+            window = self._pending[-_MAX_CHARACTER_TOKENS:]
+            self._context, self._pending = window[:-1], window[-1:]
+            self._num_shown = len(self._decode(window)) - 1
         return delta
 
     def _release(self, text: str) -> str:

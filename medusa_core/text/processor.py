@@ -132,7 +132,7 @@ class TextProcessor:
         stop: tuple[str, ...] = (),
         include_stop_str_in_output: bool = False,
         skip_special_tokens: bool = True,
-        stop_token_ids: frozenset[int],
+        stop_token_ids: frozenset[int] = frozenset(),
         prompt_token_ids: Sequence[int] = (),
     ) -> OutputText:
         """Start the text of one choice.

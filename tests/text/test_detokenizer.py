@@ -37,7 +37,7 @@ def test_deltas_of_arbitrary_tokens_add_up_to_their_decoding(any_tokenizer, data
 
 @given(data=st.data())
 def test_special_tokens_are_shown_on_request(any_tokenizer, data):
-    ids = data.draw(st.lists(st.sampled_from([*any_tokenizer.encode("the dog 你"), *any_tokenizer.encode("</s><|user|>")])))
+    ids = data.draw(st.lists(st.sampled_from([*any_tokenizer.encode("the dog"), *any_tokenizer.encode("</s><|user|>")])))
     decode = partial(any_tokenizer.decode, skip_special_tokens=False)
     detokenizer = Detokenizer(decode, byte_values=any_tokenizer.byte_values)
     assert "".join(deltas_of(detokenizer, ids)) == decode(ids)
