@@ -41,6 +41,9 @@ class Detokenizer:
         self._decode = decode
         self._byte_values = byte_values or {}
         self._byte_run: list[int] = []
+        self._context: list[int] = []
+        self._pending: list[int] = []
+        self._num_shown = 0
         self._set_context(list(prompt_token_ids[-_MAX_PENDING_TOKENS:]))
         if not self._byte_values and self._decode(self._context).endswith(_REPLACEMENT):
             # The prompt ends inside a character, which the output completes.
@@ -118,5 +121,5 @@ class Detokenizer:
 
     def _set_context(self, token_ids: list[int]) -> None:
         self._context = token_ids
-        self._pending: list[int] = []
+        self._pending = []
         self._num_shown = len(self._decode(token_ids))
