@@ -44,7 +44,7 @@ class PrefixIndex:
         return self._by_content.get((parent, token_ids))
 
     def insert(self, parent: Parent, token_ids: tuple[int, ...], block_id: int) -> PrefixNode:
-        """Index a block and return its node. Where the same content is indexed already, return that node and leave the block out."""
+        """Index a block and return its node. Content that is indexed already keeps its block: then that node is returned."""
         known = self.find(parent, token_ids)
         if known is not None:
             return known
