@@ -1,0 +1,110 @@
+"""The engine itself: schedule a step, run it, update the requests. Synchronous, single-threaded, tokens only."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from typing import Protocol
+
+import msgspec
+
+from medusa_core.errors import EngineError, InvalidParameterError, PromptError
+from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
+from medusa_core.plan import PendingStep, Runner, StepPlan, StepResult
+from medusa_core.request import EngineRequest
+
+
+class Scheduler(Protocol):
+    """The policy side, as the core drives it (scheduler.Scheduler)."""
+
+    @property
+    def has_work(self) -> bool: ...
+
+    def add(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError or CapacityError, and then keeps nothing of it."""
+        ...
+
+    def schedule(self) -> StepPlan: ...
+
+    def update(self, result: StepResult) -> list[TokenDelta]: ...
+
+    def abort(self, request_id: str, choice_idx: int | None) -> list[TokenDelta]: ...
+
+    def stats(self) -> EngineStats: ...
+
+
+class EngineCore:
+    """A scheduler and a runner, stepped by whoever owns the thread.
+
+    max_steps_in_flight: steps launched before the oldest one's result is read; 0 waits for each step.
+    """
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo, *, max_steps_in_flight: int) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._max_steps_in_flight = max_steps_in_flight
+        self._pending: deque[PendingStep] = deque()
+        self._num_steps = 0
+        self._step_seconds = 0.0
+
+    @property
+    def has_work(self) -> bool:
+        """True while `step` can achieve something; a caller may block for commands while it is False."""
+        return self._scheduler.has_work or bool(self._pending)
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request. Raises RequestError if it is wrong, CapacityError if there is no room for it now."""
+        _check_token_ids(request, self.info.vocab_size)
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str, choice_idx: int | None = None) -> list[TokenDelta]:
+        """End one choice, or all; returns their last deltas. Unknown ids and ended choices are ignored."""
+        return self._scheduler.abort(request_id, choice_idx)
+
+    def step(self) -> list[TokenDelta]:
+        """Launch the next step and return what the oldest finished one emitted, which is nothing while the pipeline fills."""
+        started_s = time.perf_counter()
+        plan = self._scheduler.schedule()
+        self._launch(plan)
+        deltas = self._collect(is_starved=not plan.has_rows)
+        self._step_seconds += time.perf_counter() - started_s
+        return deltas
+
+    def stats(self) -> EngineStats:
+        """The scheduler's snapshot with the steps that had rows, and the seconds spent in `step`."""
+        return msgspec.structs.replace(
+            self._scheduler.stats(), num_steps_total=self._num_steps, step_seconds_total=self._step_seconds
+        )
+
+    def _launch(self, plan: StepPlan) -> None:
+        if not plan.is_empty:
+            self._pending.append(self._runner.submit(plan))
+            self._num_steps += plan.has_rows
+        elif not self._pending and self._scheduler.has_work:
+            # Nothing runs and nothing will change by itself: better a loud end than a loop that spins for ever.
+            raise EngineError("The scheduler has requests but plans no step for them.")
+
+    def _collect(self, *, is_starved: bool) -> list[TokenDelta]:
+        """Update from the oldest step if too many are in flight, or if no rows were left to launch behind it."""
+        if self._pending and (is_starved or len(self._pending) > self._max_steps_in_flight):
+            return self._scheduler.update(self._pending.popleft().result())
+        return []
+
+
+def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
+    prompt = request.prompt_token_ids
+    if not prompt:
+        raise PromptError("The prompt is empty.", param="prompt", hint="Send at least one token.")
+    if min(prompt) < 0 or max(prompt) >= vocab_size:
+        idx = next(idx for idx, token_id in enumerate(prompt) if not 0 <= token_id < vocab_size)
+        raise PromptError(
+            f"Prompt token {idx} is {prompt[idx]}, outside the vocabulary.", param="prompt", hint=f"Use ids 0..{vocab_size - 1}."
+        )
+    for token_id in request.params.stop_token_ids:
+        if not 0 <= token_id < vocab_size:
+            raise InvalidParameterError(
+                f"stop_token_ids holds {token_id}, outside the vocabulary.",
+                param="stop_token_ids",
+                hint=f"Use ids 0..{vocab_size - 1}.",
+            )

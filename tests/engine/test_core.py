@@ -1,0 +1,109 @@
+"""The step: what is in flight when, what is refused, what is counted."""
+
+from __future__ import annotations
+
+import pytest
+
+from medusa_core.engine.core import EngineCore
+from medusa_core.errors import EngineError, InvalidParameterError, PromptError
+from medusa_core.outputs import FinishReason, TokenDelta
+from medusa_core.params import SamplingParams
+from medusa_core.plan import StepPlan
+from medusa_core.request import EngineRequest
+from tests.engine.fake import INFO, VOCAB_SIZE, FakeRunner, FakeScheduler
+
+
+def make_core(max_steps_in_flight: int = 0) -> tuple[EngineCore, FakeScheduler, FakeRunner]:
+    runner = FakeRunner()
+    scheduler = FakeScheduler(runner)
+    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=max_steps_in_flight), scheduler, runner
+
+
+def make_request(prompt: list[int], request_id: str = "a", **params) -> EngineRequest:
+    return EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=SamplingParams(**params))
+
+
+def run_to_end(core: EngineCore) -> list[TokenDelta]:
+    deltas = []
+    while core.has_work:
+        deltas += core.step()
+    return deltas
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [0, 1, 2])
+def test_tokens_do_not_depend_on_the_steps_in_flight(max_steps_in_flight):
+    core, _, _ = make_core(max_steps_in_flight)
+    core.submit(make_request([5, 6, 7], max_tokens=4))
+    deltas = run_to_end(core)
+    assert [delta.token_ids for delta in deltas] == [[5], [6], [7], [5]]
+    assert [delta.finish_reason for delta in deltas] == [None, None, None, FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [0, 1])
+def test_a_result_comes_at_most_max_steps_in_flight_steps_late(max_steps_in_flight):
+    core, _, runner = make_core(max_steps_in_flight)
+    core.submit(make_request([5, 6], max_tokens=10))
+    for _ in range(max_steps_in_flight):
+        assert core.step() == []
+    assert core.step()[0].token_ids == [5]
+    assert len(runner.plans) == max_steps_in_flight + 1
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [0, 1])
+def test_abort_frees_blocks_within_the_steps_in_flight_plus_one(max_steps_in_flight):
+    core, _, _ = make_core(max_steps_in_flight)
+    core.submit(make_request([5], max_tokens=1000))
+    for _ in range(5):
+        core.step()
+    assert core.stats().num_blocks_used == 1
+    (last,) = core.abort("a")
+    assert last.finish_reason is FinishReason.ABORT
+    num_steps = 0
+    while core.has_work:
+        assert core.step() == []
+        num_steps += 1
+    assert core.stats().num_blocks_used == 0
+    assert num_steps <= max_steps_in_flight + 1
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [([], "empty"), ([1, 2, VOCAB_SIZE], f"token 2 is {VOCAB_SIZE}"), ([1, -1], "token 1 is -1")],
+)
+def test_a_prompt_outside_the_vocabulary_is_refused_with_index_and_value(prompt, expected):
+    core, _, _ = make_core()
+    with pytest.raises(PromptError, match=expected) as caught:
+        core.submit(make_request(prompt))
+    assert caught.value.param == "prompt"
+    assert not core.has_work
+
+
+def test_the_first_and_the_last_id_of_the_vocabulary_are_accepted():
+    core, _, _ = make_core()
+    core.submit(make_request([0, VOCAB_SIZE - 1], max_tokens=2, stop_token_ids=(0, VOCAB_SIZE - 1)))
+    assert [delta.token_ids for delta in run_to_end(core)] == [[0], [VOCAB_SIZE - 1]]
+
+
+def test_a_stop_token_id_outside_the_vocabulary_is_refused():
+    core, _, _ = make_core()
+    with pytest.raises(InvalidParameterError, match="1000") as caught:
+        core.submit(make_request([1], stop_token_ids=(3, VOCAB_SIZE)))
+    assert caught.value.param == "stop_token_ids"
+
+
+def test_steps_and_their_time_are_counted():
+    core, _, _ = make_core()
+    core.submit(make_request([5], max_tokens=3))
+    run_to_end(core)
+    stats = core.stats()
+    assert stats.num_steps_total == 3
+    assert stats.step_seconds_total > 0
+    assert stats.num_blocks == 100
+
+
+def test_a_scheduler_that_plans_nothing_for_its_requests_is_an_error_not_a_busy_loop():
+    core, scheduler, _ = make_core()
+    scheduler.schedule = lambda: StepPlan(step_id=1)
+    core.submit(make_request([5], max_tokens=3))
+    with pytest.raises(EngineError, match="plans no step"):
+        core.step()
