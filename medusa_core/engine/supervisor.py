@@ -1,0 +1,178 @@
+"""Starting a worker process, and keeping one alive."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import shutil
+import sys
+import tempfile
+import time
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from medusa_core.config import EngineConfig
+from medusa_core.engine.messages import Ready, StartFailed, StartOutcome, WorkerSpec
+from medusa_core.errors import EngineError, MedusaError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_RESTART_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+# A worker that ran this long was healthy: when it dies, the delays start over.
+_HEALTHY_AFTER_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+
+# A fresh interpreter that imports what its parent imports (-P: and nothing from the current folder). Not multiprocessing's spawn,
+# which would import the parent's main module, with all of the web server, into the worker.
+_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from medusa_core.engine.worker import main; main()"
+
+
+class WorkerProcess:
+    """A running worker process and its private folder."""
+
+    def __init__(self, process: Process, spec: WorkerSpec) -> None:
+        self._process = process
+        self._spec = spec
+
+    @classmethod
+    async def spawn(cls, config: EngineConfig, *, build: str, log_level: str) -> WorkerProcess:
+        """Start the process; `ready` tells when it can be used."""
+        folder = tempfile.mkdtemp(prefix="medusa-")  # mode 0700: only this user can reach the socket in it
+        spec = WorkerSpec(config=config, build=build, folder=folder, log_level=log_level)
+        try:
+            command = (sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path)
+            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        return cls(process, spec)
+
+    @property
+    def address(self) -> str:
+        return self._spec.address
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def ready(self) -> Ready:
+        """Hand over the options and wait until the engine is loaded.
+
+        Raises what the engine's build raised, or EngineError with the exit code if the process died without a word.
+        """
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(msgspec.json.encode(self._spec) + b"\n")
+        with contextlib.suppress(ConnectionError):  # it died already: the empty outcome below says so
+            await self._process.stdin.drain()
+        payload = await self._process.stdout.read()
+        if not payload:
+            exit_code = await self.wait()
+            raise EngineError(
+                f"The engine process died while it loaded ({describe_exit(exit_code)}).", hint="Its log has the cause."
+            )
+        outcome: StartOutcome = msgspec.msgpack.decode(payload, type=StartOutcome)
+        if isinstance(outcome, StartFailed):
+            raise outcome.error.rebuild()
+        return outcome
+
+    async def wait(self) -> int:
+        """Wait for the process to end. Returns its exit code, negative for a signal."""
+        return await self._process.wait()
+
+    async def stop(self) -> None:
+        """End the process, by force if need be, and remove its folder. Harmless on a dead one."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+        finally:
+            if self._process.returncode is None:
+                self._process.kill()
+            shutil.rmtree(self._spec.folder, ignore_errors=True)
+        await self._process.wait()
+
+
+class Supervisor:
+    """Keeps one worker alive: when it dies, another is started after a delay that grows while that keeps happening.
+
+    on_up: called with each worker that is ready; on_down: with its exit code when it has died. Not called after `close`.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        *,
+        build: str,
+        log_level: str,
+        on_up: Callable[[WorkerProcess, Ready], None],
+        on_down: Callable[[int], None],
+        restart_delays_s: Sequence[float] = DEFAULT_RESTART_DELAYS_S,
+    ) -> None:
+        self._config = config
+        self._build = build
+        self._log_level = log_level
+        self._on_up = on_up
+        self._on_down = on_down
+        self._restart_delays_s = restart_delays_s
+        self._task: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the first worker. It is not retried: what is wrong with the options now will still be wrong later."""
+        if self._task is not None:
+            raise EngineError("The engine has been started already.", hint="Close it first.")
+        worker = await self._launch()
+        self._task = asyncio.create_task(self._keep_alive(worker), name="medusa-supervisor")
+
+    async def close(self) -> None:
+        """Stop supervising, then stop the worker."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    async def _launch(self) -> WorkerProcess:
+        worker = await WorkerProcess.spawn(self._config, build=self._build, log_level=self._log_level)
+        try:
+            ready = await worker.ready()
+        except BaseException:
+            await worker.stop()
+            raise
+        self._on_up(worker, ready)
+        return worker
+
+    async def _keep_alive(self, worker: WorkerProcess) -> None:
+        num_failures = 0
+        try:
+            while True:
+                started_s = time.monotonic()
+                exit_code = await worker.wait()
+                self._on_down(exit_code)
+                await worker.stop()
+                if time.monotonic() - started_s > _HEALTHY_AFTER_S:
+                    num_failures = 0
+                logger.error("the engine process died (%s); restarting it", describe_exit(exit_code))
+                worker, num_failures = await self._relaunch(num_failures)
+        finally:
+            await worker.stop()
+
+    async def _relaunch(self, num_failures: int) -> tuple[WorkerProcess, int]:
+        """Try until a worker is ready. Returns it and the number of failures so far, this death included."""
+        while True:
+            delay_s = self._restart_delays_s[min(num_failures, len(self._restart_delays_s) - 1)]
+            num_failures += 1
+            await asyncio.sleep(delay_s)
+            try:
+                return await self._launch(), num_failures
+            except MedusaError as error:
+                logger.error("the engine process could not be restarted: %s", error)
+
+
+def describe_exit(exit_code: int) -> str:
+    """For logs and errors: "exit code 3", "signal 9"."""
+    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {-exit_code}"

@@ -1,0 +1,53 @@
+"""Clients over the fake engine; every behaviour test runs against both kinds."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Awaitable, Callable
+
+import pytest
+
+from medusa_core.config import EngineConfig, ModelConfig, SchedulerConfig
+from medusa_core.engine.client import EngineClient
+from medusa_core.engine.in_process import InProcessClient
+from medusa_core.engine.worker_client import WorkerClient
+from tests.engine import fake
+
+FAKE_BUILD = "tests.engine.fake:build"
+
+MakeClient = Callable[..., EngineClient]
+StartClient = Callable[..., Awaitable[EngineClient]]
+
+
+def make_config(behaviour: str = "", **scheduler: int) -> EngineConfig:
+    return EngineConfig(model=ModelConfig(model=behaviour), scheduler=SchedulerConfig(**scheduler))
+
+
+def make_worker_client(config: EngineConfig) -> WorkerClient:
+    return WorkerClient(config, build=FAKE_BUILD, restart_delays_s=(0.05,))
+
+
+def make_in_process_client(config: EngineConfig) -> InProcessClient:
+    return InProcessClient(lambda: fake.build(config, progress=False))
+
+
+@pytest.fixture(params=["in_process", "worker"])
+def make_client(request: pytest.FixtureRequest) -> MakeClient:
+    """make_client(behaviour, **scheduler options) -> a client that has not been started."""
+    make = {"in_process": make_in_process_client, "worker": make_worker_client}[request.param]
+    return lambda behaviour="", **scheduler: make(make_config(behaviour, **scheduler))
+
+
+@pytest.fixture
+async def start_client(make_client: MakeClient) -> AsyncIterator[StartClient]:
+    """As make_client, but started, and closed at the end of the test."""
+    clients = []
+
+    async def start(behaviour: str = "", **scheduler: int) -> EngineClient:
+        client = make_client(behaviour, **scheduler)
+        clients.append(client)
+        await client.start()
+        return client
+
+    yield start
+    for client in clients:
+        await client.close()
