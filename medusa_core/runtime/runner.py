@@ -186,7 +186,7 @@ class ModelRunner:
         return _GroupResult(lanes, uids, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B)
 
     def _commit_path(self, segment: Segment, node_BL: Tensor, kept_B: Tensor) -> None:
-        """Move the K/V of accepted nodes to the slots right behind the root; the last kept token is the new root, not cached yet."""
+        """Move the K/V of accepted nodes to the slots right behind the root. The last kept token is the new root: not cached."""
         level_L = torch.arange(node_BL.shape[1], device=node_BL.device)
         has_move_BL = (level_L < kept_B.unsqueeze(1)) & (node_BL != level_L)
         if node_BL.device.type == "cpu" and not bool(has_move_BL.any()):

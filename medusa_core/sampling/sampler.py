@@ -101,7 +101,7 @@ def filter_threshold(scaled_RV: Tensor, rows: SamplingRows) -> Tensor | None:
 
 def _top_k_threshold(scaled_RV: Tensor, top_k_R: Tensor) -> Tensor:
     num_kept_R = top_k_R.clamp(max=scaled_RV.shape[1])
-    sorted_RC = scaled_RV.topk(int(num_kept_R.max()), dim=-1).values
+    sorted_RC = scaled_RV.topk(max(int(num_kept_R.max()), 1), dim=-1).values
     kth_R1 = sorted_RC.gather(1, (num_kept_R - 1).clamp(min=0).unsqueeze(1))
     return torch.where((top_k_R > 0).unsqueeze(1), kth_R1, -torch.inf)
 
