@@ -1,0 +1,47 @@
+# Everything runs in .venv; `make serve` and `make test` set it up on their own.
+#
+#   PYTHON       interpreter for .venv, 3.11 or newer
+#   TORCH_INDEX  URL of a wheel index for torch. Empty: pip's own settings. On a machine without GPU, give the index of
+#                CPU builds named on PyTorch's install page: the default Linux wheel brings gigabytes of CUDA libraries along
+#   PORT         port of `make serve`
+#   SERVE_ARGS   further options of medusa-server, e.g. SERVE_ARGS="--model ~/models/vicuna-7b --heads ~/models/heads"
+
+PYTHON ?= python3
+TORCH_INDEX ?=
+PORT ?= 8000
+SERVE_ARGS ?=
+
+TORCH := torch==2.13.0
+BIN := .venv/bin
+# A torch that the interpreter already has (a GPU image's, say) is used as it is, if it is a version that we support.
+HAS_TORCH := -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(not (2, 11) <= v < (2, 14))'
+
+.PHONY: install serve test test-all check clean
+
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed: make PYTHON=python3.12")'
+	if $(PYTHON) $(HAS_TORCH) 2>/dev/null; then $(PYTHON) -m venv --system-site-packages .venv; else $(PYTHON) -m venv .venv; fi
+	$(BIN)/python $(HAS_TORCH) 2>/dev/null || $(BIN)/python -m pip install "$(TORCH)" $(if $(TORCH_INDEX),--index-url "$(TORCH_INDEX)")
+	$(BIN)/python -m pip install -e ".[demo,dev]"
+	touch $@
+
+serve: install
+	$(BIN)/medusa-server --port $(PORT) $(SERVE_ARGS)
+
+test: install
+	$(BIN)/python -m pytest -m "not long and not cuda"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
