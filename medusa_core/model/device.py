@@ -36,10 +36,11 @@ def choose_dtype(name: DtypeName, device: torch.device) -> torch.dtype:
         return _DTYPES[name]
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.get_device_capability(device) >= (8, 0) else torch.float16
-    return torch.bfloat16 if _has_fast_cpu_bf16(Path("/proc/cpuinfo")) else torch.float32
+    return torch.bfloat16 if has_fast_cpu_bf16(Path("/proc/cpuinfo")) else torch.float32
 
 
-def _has_fast_cpu_bf16(cpuinfo: Path) -> bool:
+def has_fast_cpu_bf16(cpuinfo: Path) -> bool:
+    """True if the kernel lists a bfloat16 product among the CPU's features."""
     # torch's own query is private and has moved between releases; the kernel's list of CPU features is stable.
     try:
         lines = cpuinfo.read_text().splitlines()
