@@ -1,0 +1,81 @@
+"""The application: `create_app` puts routes, middleware and error answers around one engine client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.middleware.cors import CORSMiddleware
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from medusa_core import __version__
+from medusa_core.engine.client import EngineClient
+from medusa_core.errors import MedusaError
+from server.errors import error_response, http_error_response
+from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
+from server.respond import CLIENT_CLOSED_REQUEST
+from server.routes import chat, completions, health, metrics, models
+from server.serving import Serving, TextLoader
+from server.settings import ServerSettings
+
+LoadCallback = Callable[["asyncio.Task[None]"], None]
+
+
+def create_app(
+    client: EngineClient, load_text: TextLoader, settings: ServerSettings, *, on_load_end: LoadCallback | None = None
+) -> FastAPI:
+    """An app that owns `client`: its lifespan starts the engine in the background and closes it.
+
+    load_text: makes the text processor of a loaded engine, whose tokenizer is known only then.
+    on_load_end: called with the finished task of the first load, whose exception tells why it failed.
+    """
+    serving = Serving(client, load_text, settings)
+    app = FastAPI(title="medusa-server", version=__version__, lifespan=_lifespan(serving, on_load_end))
+    app.state.serving = serving
+    for module in (completions, chat, models, health, metrics):
+        app.include_router(module.router)
+    _add_error_handlers(app)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    if settings.api_key:
+        app.add_middleware(APIKeyMiddleware, keys=settings.api_key)
+    if settings.cors_origin:
+        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origin), allow_methods=["*"], allow_headers=["*"])
+    app.add_middleware(ObservabilityMiddleware, serving=serving)
+    return app
+
+
+def _lifespan(serving: Serving, on_load_end: LoadCallback | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        loading = asyncio.create_task(serving.load())
+        if on_load_end is not None:
+            loading.add_done_callback(on_load_end)
+        try:
+            yield
+        finally:
+            loading.cancel()
+            await asyncio.gather(loading, return_exceptions=True)
+            await serving.close()
+
+    return lifespan
+
+
+def _add_error_handlers(app: FastAPI) -> None:
+    @app.exception_handler(MedusaError)
+    async def answer_medusa_error(_: Request, error: MedusaError) -> Response:
+        return error_response(error)
+
+    @app.exception_handler(HTTPException)
+    async def answer_http_exception(request: Request, error: HTTPException) -> Response:
+        code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "http_error")
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}."
+        return http_error_response(error.status_code, message, code=code, headers=dict(error.headers or {}))
+
+    @app.exception_handler(ClientDisconnect)
+    async def answer_nobody(_: Request, __: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)

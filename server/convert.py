@@ -1,0 +1,182 @@
+"""A validated body to engine requests: prompts in tokens, limits, sampling parameters."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, UnsupportedParameterError
+from medusa_core.outputs import EngineInfo
+from medusa_core.params import SamplingParams
+from medusa_core.request import EngineRequest
+from medusa_core.text import OutputText
+from server.protocol.chat import AssistantMessage, ChatBody, Message
+from server.protocol.common import GenerationBody
+from server.protocol.completions import CompletionBody
+from server.serving import ServedModel
+
+# Lanes one HTTP request may ask for: n times its prompts.
+MAX_CHOICES = 128
+DEFAULT_COMPLETION_TOKENS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One HTTP request in the engine's terms: one engine request per prompt, each of `n` choices."""
+
+    requests: list[EngineRequest]
+    n: int
+
+    @property
+    def num_choices(self) -> int:
+        return len(self.requests) * self.n
+
+
+def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
+    """Tokenise the prompts of a completion. Raises RequestError; runs on the text thread."""
+    _check_common(body)
+    _check_best_of(body)
+    prompts = _completion_prompts(body.prompt, model)
+    return _job(body, prompts, model, request_id, arrival_s)
+
+
+def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
+    """Render the messages of a chat completion. Raises RequestError; runs on the text thread."""
+    _check_common(body)
+    is_continued = bool(body.continue_final_message)
+    prompt = model.text.render_chat(
+        [template_message(message) for message in body.messages],
+        add_generation_prompt=not is_continued if body.add_generation_prompt is None else body.add_generation_prompt,
+        continue_final_message=is_continued,
+        template_kwargs=body.chat_template_kwargs,
+    )
+    return _job(body, [prompt], model, request_id, arrival_s)
+
+
+def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[int]) -> OutputText:
+    """The text of one choice of this body, still empty."""
+    ids = frozenset(body.stop_token_ids or ())
+    is_continuation = not isinstance(body, ChatBody) or bool(body.continue_final_message)
+    return model.text.new_output(
+        stop=tuple(body.stop),
+        include_stop_str_in_output=bool(body.include_stop_str_in_output),
+        skip_special_tokens=body.skip_special_tokens is not False,
+        stop_token_ids=ids if body.ignore_eos else ids | frozenset(model.info.eos_token_ids),
+        prompt_token_ids=prompt_token_ids if is_continuation else (),
+    )
+
+
+def template_message(message: Message) -> dict[str, Any]:
+    """A message as chat templates expect it: arguments of tool calls as objects."""
+    fields = message.model_dump(exclude_none=True)
+    if isinstance(message, AssistantMessage):
+        for call in fields.get("tool_calls", ()):
+            call["function"]["arguments"] = _parse_arguments(call["function"]["arguments"])
+    return fields
+
+
+def _parse_arguments(arguments: str) -> Any:
+    """Models write tool arguments as JSON text and templates print them as JSON: text would be quoted twice."""
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments
+
+
+def _check_common(body: GenerationBody) -> None:
+    if body.stream_options is not None and not body.stream:
+        raise InvalidParameterError("stream_options is allowed only with stream: true.", param="stream_options")
+
+
+def _check_best_of(body: CompletionBody) -> None:
+    n = 1 if body.n is None else body.n
+    if body.best_of is None or body.best_of == n:
+        return
+    if body.best_of < n:
+        raise InvalidParameterError(f"best_of ({body.best_of}) must be at least n ({n}).", param="best_of")
+    raise UnsupportedParameterError("best_of above n is not supported; leave the field out.", param="best_of")
+
+
+def _completion_prompts(prompt: Any, model: ServedModel) -> list[list[int]]:
+    """The four shapes of `prompt`, already validated, as lists of token ids."""
+    if isinstance(prompt, str):
+        return [model.text.encode(prompt)]
+    if isinstance(prompt[0], int):
+        return [_checked_ids(prompt, model.info)]
+    # Refused before tokenising: the number of choices is checked again, with n, where they are made.
+    if len(prompt) > MAX_CHOICES:
+        raise InvalidParameterError(f"At most {MAX_CHOICES} prompts are allowed, got {len(prompt)}.", param="prompt")
+    if isinstance(prompt[0], str):
+        return [model.text.encode(item) for item in prompt]
+    return [_checked_ids(item, model.info) for item in prompt]
+
+
+def _checked_ids(token_ids: list[int], info: EngineInfo) -> list[int]:
+    for position, token_id in enumerate(token_ids):
+        if not 0 <= token_id < info.vocab_size:
+            raise PromptError(
+                f"Token id {_short(token_id)} at position {position} is outside the vocabulary (0 to {info.vocab_size - 1}).",
+                param="prompt",
+            )
+    return token_ids
+
+
+def _short(value: int) -> str:
+    return str(value) if value.bit_length() <= 128 else "of more than 128 bits"
+
+
+def _job(body: GenerationBody, prompts: list[list[int]], model: ServedModel, request_id: str, arrival_s: float) -> Job:
+    n = 1 if body.n is None else body.n
+    if len(prompts) * n > MAX_CHOICES:
+        message = f"n times the number of prompts must be at most {MAX_CHOICES}, got {n} x {len(prompts)}."
+        raise InvalidParameterError(message, param="n")
+    requests = [
+        EngineRequest(
+            request_id=f"{request_id}-{index}",
+            prompt_token_ids=prompt,
+            params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info),
+            priority=body.priority or 0,
+            arrival_s=arrival_s,
+        )
+        for index, prompt in enumerate(prompts)
+    ]
+    return Job(requests, n)
+
+
+def _max_tokens(body: GenerationBody, prompt: list[int], info: EngineInfo) -> int:
+    """What was asked for, or the endpoint's default as far as it fits. Raises ContextLengthError when it does not fit."""
+    is_chat = isinstance(body, ChatBody)
+    asked = body.max_completion_tokens or body.max_tokens if isinstance(body, ChatBody) else body.max_tokens
+    prompt_field = "messages" if is_chat else "prompt"
+    if not prompt:
+        raise PromptError("The prompt is empty.", hint="Send at least one token.", param=prompt_field)
+    room = info.max_model_len - len(prompt)
+    if room < (asked or 1):
+        and_asked = f" and {asked} tokens were asked for" if asked else ""
+        raise ContextLengthError(
+            f"This model's maximum context length is {info.max_model_len} tokens; the prompt has {len(prompt)}{and_asked}.",
+            hint="Shorten the prompt or ask for fewer tokens.",
+            param=prompt_field,
+        )
+    return asked or (room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS))
+
+
+def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) -> SamplingParams:
+    """Null and absent fields take `SamplingParams`' defaults, which are the API's. Raises InvalidParameterError."""
+    stop_token_ids = body.stop_token_ids or []
+    for token_id in stop_token_ids:
+        if not 0 <= token_id < info.vocab_size:
+            message = f"stop_token_ids: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
+            raise InvalidParameterError(message, param="stop_token_ids")
+    names = ("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "ignore_eos", "n")
+    given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
+    # Other servers write "off" as -1.
+    if given.get("top_k") == -1:
+        given["top_k"] = 0
+    return SamplingParams(
+        **given,
+        max_tokens=max_tokens,
+        stop_token_ids=tuple(stop_token_ids),
+        is_speculation_enabled=body.speculative is None or body.speculative.enabled,
+    )

@@ -1,0 +1,116 @@
+"""The one table from error classes to HTTP answers, and the server's own request errors."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from starlette.responses import Response
+
+from medusa_core.errors import (
+    CapacityError,
+    ConfigError,
+    DrainingError,
+    EngineError,
+    EngineNotReadyError,
+    MedusaError,
+    ModelError,
+    RequestError,
+)
+from server.protocol.errors import encode_error
+
+
+class UnknownParameterError(RequestError):
+    """A field the API does not have."""
+
+    code = "unknown_parameter"
+
+
+class MalformedBodyError(RequestError):
+    """The body is not a JSON object."""
+
+    code = "invalid_json"
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that is not served here."""
+
+    code = "model_not_found"
+
+
+class RequestTooLargeError(RequestError):
+    """The body is larger than --max-body-bytes."""
+
+    code = "request_too_large"
+
+
+class InvalidAPIKeyError(RequestError):
+    """The API key is missing or wrong."""
+
+    code = "invalid_api_key"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """How a class of errors is answered. `retry_after_s`: seconds after which a client may try again."""
+
+    status: int
+    type: str
+    retry_after_s: int | None = None
+    is_closing_connection: bool = False
+
+
+_INVALID = "invalid_request_error"
+_SERVER = "server_error"
+
+# A class without a row of its own uses the row of its nearest base.
+ANSWERS: dict[type[MedusaError], Answer] = {
+    RequestError: Answer(400, _INVALID),
+    InvalidAPIKeyError: Answer(401, _INVALID),
+    ModelNotFoundError: Answer(404, _INVALID),
+    RequestTooLargeError: Answer(413, _INVALID),
+    CapacityError: Answer(503, _SERVER, retry_after_s=1),
+    DrainingError: Answer(503, _SERVER, retry_after_s=5, is_closing_connection=True),
+    EngineError: Answer(500, _SERVER),
+    EngineNotReadyError: Answer(503, _SERVER, retry_after_s=5),
+    ConfigError: Answer(500, _SERVER),
+    ModelError: Answer(500, _SERVER),
+}
+
+
+def answer_for(error: MedusaError) -> Answer:
+    """The row of the error's class, or of its nearest base that has one."""
+    return next(ANSWERS[cls] for cls in type(error).__mro__ if cls in ANSWERS)
+
+
+def error_body(error: MedusaError) -> bytes:
+    """The JSON error object, as the body of an answer or the data of a frame."""
+    param = error.param if isinstance(error, RequestError) else None
+    return encode_error(str(error), type=answer_for(error).type, param=param, code=error.code)
+
+
+def internal_error_body() -> bytes:
+    """The error object for a bug; details stay in the log."""
+    return encode_error("The server had an internal error. See its log.", type=_SERVER, param=None, code="internal_error")
+
+
+def error_response(error: MedusaError) -> Response:
+    """The HTTP answer to an error, with `retry-after` where trying again can help."""
+    answer = answer_for(error)
+    headers = {}
+    if answer.retry_after_s is not None:
+        headers["retry-after"] = str(answer.retry_after_s)
+    if answer.is_closing_connection:
+        headers["connection"] = "close"
+    if answer.status == 401:
+        headers["www-authenticate"] = "Bearer"
+    return json_response(error_body(error), status=answer.status, headers=headers)
+
+
+def http_error_response(status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> Response:
+    """The HTTP answer to a failure of routing, which has no error class."""
+    return json_response(encode_error(message, type=_INVALID, param=None, code=code), status=status, headers=headers)
+
+
+def json_response(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    """A response whose body is encoded already."""
+    return Response(body, status_code=status, headers=headers, media_type="application/json")

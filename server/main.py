@@ -1,0 +1,140 @@
+"""The `medusa-server` command: options, sockets, signals and the drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+
+from medusa_core.engine.client import EngineClient
+from medusa_core.engine.worker_client import WorkerClient
+from medusa_core.errors import ConfigError, MedusaError
+from medusa_core.outputs import EngineInfo
+from medusa_core.text import TextProcessor
+from server.app import create_app
+from server.serving import Serving, TextLoader
+from server.settings import PROGRAM, ServerSettings, load_settings
+
+logger = logging.getLogger(__name__)
+
+# After the drain has waited for requests, connections get this long to close by themselves.
+CLOSE_TIMEOUT_S = 1
+DRAIN_POLL_S = 0.05
+EXIT_USAGE = 2
+
+
+def main() -> None:
+    """Serve until a signal comes. Exits with 0 after a drain, 2 when an option or the model is wrong."""
+    raise SystemExit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """`main` with its arguments and exit code as values."""
+    try:
+        settings = load_settings(arguments)
+        config = settings.engine_config()
+        client = WorkerClient(config, log_level=settings.log_level.upper())
+        return serve(client, text_loader(settings), settings)
+    except MedusaError as error:
+        print_error(error)
+        return EXIT_USAGE
+
+
+def text_loader(settings: ServerSettings) -> TextLoader:
+    """Loads tokenizer and chat template from the folder that the engine names."""
+
+    def load(info: EngineInfo) -> TextProcessor:
+        return TextProcessor.load(
+            info.tokenizer_path, chat_template=settings.chat_template, trust_remote_code=settings.trust_remote_code
+        )
+
+    return load
+
+
+def serve(client: EngineClient, load_text: TextLoader, settings: ServerSettings) -> int:
+    """Serve until a signal comes, then drain. Returns the exit code; raises MedusaError when the first load fails."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with _listen(settings) as listener:
+        return asyncio.run(_serve(client, load_text, settings, listener))
+
+
+async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSettings, listener: socket.socket) -> int:
+    failures: list[BaseException] = []
+
+    def on_load_end(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            failures.append(error)
+            server.should_exit = True
+
+    app = create_app(client, load_text, settings, on_load_end=on_load_end)
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=CLOSE_TIMEOUT_S, lifespan="on"
+    )
+    server = DrainingServer(config, app.state.serving)
+    host, port = listener.getsockname()[:2]
+    logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    await server.serve(sockets=[listener])
+    # The first load failed: main prints the reason.
+    if failures:
+        raise failures[0]
+    return 1 if server.force_exit else 0
+
+
+def _listen(settings: ServerSettings) -> socket.socket:
+    """Bound before anything is loaded, so that a taken port is reported at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    try:
+        return socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+    except OSError as error:
+        message = f"Cannot listen on {settings.host}:{settings.port}: {error.strerror or error}."
+        raise ConfigError(message, hint="Choose another --host or --port.") from error
+
+
+class DrainingServer(uvicorn.Server):
+    """Uvicorn, whose first signal starts a drain: it keeps answering until running requests have ended, then stops.
+
+    New generation requests are refused meanwhile (`Serving.require_model`) and /ready is red. A second signal stops at once.
+    """
+
+    def __init__(self, config: uvicorn.Config, serving: Serving) -> None:
+        super().__init__(config)
+        self._serving = serving
+        self._drain_task: asyncio.Task[None] | None = None
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets=sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Replaces uvicorn's handler, which would stop listening at once and raise the signal again at the end."""
+        if self._serving.is_draining:
+            self.should_exit = self.force_exit = True
+        else:
+            self._serving.is_draining = True
+            self._loop.call_soon_threadsafe(self._start_drain, signal.Signals(sig).name)
+
+    def _start_drain(self, signal_name: str) -> None:
+        logger.info("%s: draining %d requests", signal_name, self._serving.num_active)
+        self._drain_task = asyncio.create_task(self._drain())
+
+    async def _drain(self) -> None:
+        deadline = self._loop.time() + self._serving.settings.drain_timeout_s
+        while self._serving.num_active and self._loop.time() < deadline:
+            await asyncio.sleep(DRAIN_POLL_S)
+        if self._serving.num_active:
+            logger.warning("%d requests had not ended after --drain-timeout-s", self._serving.num_active)
+        self.should_exit = True
+
+
+def print_error(error: MedusaError) -> None:
+    """One sentence for the person at the terminal."""
+    sys.stderr.write(f"{PROGRAM}: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

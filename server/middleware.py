@@ -1,0 +1,157 @@
+"""Plain ASGI middleware: request ids, timing and metrics; API keys; body size."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import time
+import uuid
+from collections.abc import Iterable, MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medusa_core.errors import MedusaError
+from server.errors import InvalidAPIKeyError, RequestTooLargeError, error_response, internal_error_body, json_response
+from server.serving import Serving
+
+logger = logging.getLogger(__name__)
+access_logger = logging.getLogger("server.access")
+
+ARRIVAL = "medusa.arrival_s"
+# Accepted from clients; anything else is replaced, so that ids are safe in headers and logs.
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+# A client that is still sending cannot read an answer, so a body that is refused is read to its end; up to this many bytes.
+MAX_DISCARDED_BYTES = 64 * 1024 * 1024
+
+
+def arrival_s(scope: MutableMapping[str, Any]) -> float:
+    """`time.monotonic()` when the request arrived."""
+    arrival: float = scope[ARRIVAL]
+    return arrival
+
+
+class ObservabilityMiddleware:
+    """Outermost: gives every answer its id and processing time, counts and logs it, and answers what nobody caught."""
+
+    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+        self._app = app
+        self._serving = serving
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        start = scope[ARRIVAL] = time.monotonic()
+        request_id = _request_id(scope)
+        status = 0
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                headers["openai-processing-ms"] = str(round((time.monotonic() - start) * 1000))
+            await send(message)
+
+        self._serving.num_active += 1
+        try:
+            await self._app(scope, receive, send_with_headers)
+        # The server's last handler: a bug in one request must not look like a broken connection.
+        except Exception:
+            logger.exception("Request %s failed.", request_id)
+            if status:
+                raise
+            await json_response(internal_error_body(), status=500)(scope, receive, send_with_headers)
+        finally:
+            self._serving.num_active -= 1
+            self._observe(scope, request_id, status, time.monotonic() - start)
+
+    def _observe(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
+        # Unknown paths and methods share a label: clients must not be able to create time series.
+        route = getattr(scope.get("route"), "path", "unmatched")
+        method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s)
+        access_logger.info("%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, request_id)
+
+
+def _request_id(scope: Scope) -> str:
+    given = Headers(scope=scope).get("x-request-id", "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
+
+
+class APIKeyMiddleware:
+    """Guards `/v1`: health checks and metrics stay open to the machines that poll them."""
+
+    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
+        self._app = app
+        # Digests have one length, so a comparison tells nothing about the length of a key.
+        self._digests = [_digest(key) for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._is_allowed(Headers(scope=scope)):
+            error = InvalidAPIKeyError("The API key is missing or wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, headers: Headers) -> bool:
+        scheme, _, key = headers.get("authorization", "").partition(" ")
+        given = _digest(key.strip())
+        # All keys are compared, so that the time does not tell which one matched.
+        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(matches)
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class BodyLimitMiddleware:
+    """Answers 413 to bodies above `max_bytes`, whether or not their length is declared."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared[:20]) > self._max_bytes:
+            await _discard(receive)
+            await error_response(self._too_large())(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                if num_bytes > self._max_bytes:
+                    if message.get("more_body", False):
+                        await _discard(receive)
+                    raise self._too_large()
+            return message
+
+        await self._app(scope, limited_receive, send)
+
+    def _too_large(self) -> MedusaError:
+        hint = "Send a shorter request, or start the server with a larger --max-body-bytes."
+        return RequestTooLargeError(f"The body is larger than {self._max_bytes} bytes.", hint=hint)
+
+
+async def _discard(receive: Receive) -> None:
+    num_bytes = 0
+    while num_bytes <= MAX_DISCARDED_BYTES:
+        message = await receive()
+        num_bytes += len(message.get("body", b""))
+        if message["type"] != "http.request" or not message.get("more_body", False):
+            return

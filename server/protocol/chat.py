@@ -1,0 +1,150 @@
+"""`/v1/chat/completions`: body, messages and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from pydantic import BeforeValidator, Field
+from pydantic_core import PydanticCustomError
+
+from server.protocol.common import Body, GenerationBody, NumTokens, OptionalUsage, invalid, only
+
+
+def _check_content(value: object) -> object:
+    """A string, or a list of text parts, checked by hand so that a wrong part is one error that says what is possible."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise invalid("Input should be a string or a list of text parts")
+    for part in value:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind in ("image_url", "input_audio", "file", "refusal"):
+            raise PydanticCustomError("unsupported_parameter", "This model reads text only; content parts must have type 'text'")
+        if kind != "text" or not isinstance(part.get("text"), str) or part.keys() - {"type", "text"}:
+            raise invalid('Each content part should be {"type": "text", "text": "..."}')
+    return value
+
+
+Content = Annotated[Any, BeforeValidator(_check_content)]
+
+
+class SystemMessage(Body):
+    role: Literal["system", "developer"]
+    content: Content
+    name: str | None = None
+
+
+class UserMessage(Body):
+    role: Literal["user"]
+    content: Content
+    name: str | None = None
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: FunctionCall
+
+
+class AssistantMessage(Body):
+    role: Literal["assistant"]
+    content: Annotated[Any, BeforeValidator(lambda value: None if value is None else _check_content(value))] = None
+    name: str | None = None
+    refusal: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    audio: Annotated[Any, only(None)] = None
+    function_call: Annotated[Any, only(None)] = None
+
+
+class ToolMessage(Body):
+    role: Literal["tool"]
+    content: Content
+    tool_call_id: str
+
+
+ROLES = ("system", "developer", "user", "assistant", "tool")
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class ChatBody(GenerationBody):
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    max_completion_tokens: NumTokens | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    # Accepted: they carry no promise about the output of a server like this one.
+    service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    parallel_tool_calls: bool | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    prompt_cache_options: dict[str, Any] | None = None
+
+    logprobs: Annotated[Any, only(None, False)] = None
+    top_logprobs: Annotated[Any, only(None, 0)] = None
+    response_format: Annotated[Any, only(None, {"type": "text"})] = None
+    tools: Annotated[Any, only(None, [])] = None
+    tool_choice: Annotated[Any, only(None, "none", "auto")] = None
+    functions: Annotated[Any, only(None, [])] = None
+    function_call: Annotated[Any, only(None, "none", "auto")] = None
+    modalities: Annotated[Any, only(None, ["text"])] = None
+    audio: Annotated[Any, only(None)] = None
+    prediction: Annotated[Any, only(None)] = None
+    moderation: Annotated[Any, only(None)] = None
+    web_search_options: Annotated[Any, only(None)] = None
+
+
+class ChatMessage(msgspec.Struct):
+    content: str
+    role: str = "assistant"
+    refusal: None = None
+
+
+class ChatChoice(msgspec.Struct):
+    index: int
+    message: ChatMessage
+    finish_reason: str
+    logprobs: None = None
+
+
+class ChatCompletion(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: OptionalUsage
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET
+
+
+class ChatDelta(msgspec.Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class ChatChunkChoice(msgspec.Struct):
+    index: int
+    delta: ChatDelta
+    finish_reason: str | None = None
+    logprobs: None = None
+
+
+class ChatChunk(msgspec.Struct, kw_only=True):
+    id: str
+    object: str = "chat.completion.chunk"
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: OptionalUsage = msgspec.UNSET
+    service_tier: str | msgspec.UnsetType = msgspec.UNSET

@@ -1,0 +1,127 @@
+"""Fields and answer parts that both generation endpoints share.
+
+Bodies are validated strictly: "1" is not a number and 1.0 is not an integer. Types only: ranges of sampling parameters are
+checked by `SamplingParams`, where `medusa generate` meets them too. `null` means the field's default. Fields that the API has and
+this version does not are declared with `only(...)`, which lets their neutral values pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+MAX_STOP_STRINGS = 4
+
+# Wider integers would not fit the messages to the engine.
+Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
+Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
+NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+def only(*neutral: object) -> AfterValidator:
+    """Marks a field that is known but not supported yet: only the `neutral` values, which ask for nothing, pass."""
+
+    def check(value: object) -> object:
+        # `True == 1` in Python, but not in JSON.
+        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
+            return value
+        raise PydanticCustomError("unsupported_parameter", "This value is not supported yet; leave the field out")
+
+    return AfterValidator(check)
+
+
+def invalid(message: str) -> PydanticCustomError:
+    """A validation error with our own sentence."""
+    # The message is passed as context because pydantic formats braces in a template.
+    return PydanticCustomError("invalid_value", "{message}", {"message": message})
+
+
+def _as_stop_list(value: object) -> object:
+    if value is None:
+        return []
+    if isinstance(value, str):
+        value = [value]
+    if not (isinstance(value, list) and all(isinstance(item, str) and item for item in value)):
+        raise invalid("Input should be a non-empty string or a list of non-empty strings")
+    if len(value) > MAX_STOP_STRINGS:
+        raise invalid(f"At most {MAX_STOP_STRINGS} stop strings are allowed, got {len(value)}")
+    return value
+
+
+StopStrings = Annotated[list[str], BeforeValidator(_as_stop_list)]
+
+
+class Body(BaseModel):
+    """A JSON object from a client."""
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    # Padding against traffic analysis; we never pad, which the API allows.
+    include_obfuscation: bool | None = None
+
+
+class Speculative(Body):
+    """Our own extension: `{"enabled": false}` decodes one token per step. The tokens are the same either way."""
+
+    enabled: bool = True
+
+
+class GenerationBody(Body):
+    """What completions and chat completions have in common."""
+
+    model: str
+    max_tokens: NumTokens | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    n: Int32 | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    stop: StopStrings = []
+    seed: Int64 | None = None
+    user: str | None = None
+
+    # Extensions that other servers have too, under the same names.
+    top_k: Int32 | None = None
+    min_p: float | None = None
+    min_tokens: Int32 | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+    priority: Int32 | None = None
+    speculative: Speculative | None = None
+
+    presence_penalty: Annotated[Any, only(None, 0)] = None
+    frequency_penalty: Annotated[Any, only(None, 0)] = None
+    repetition_penalty: Annotated[Any, only(None, 1)] = None
+    logit_bias: Annotated[Any, only(None, {})] = None
+    prompt_logprobs: Annotated[Any, only(None)] = None
+
+    @property
+    def is_usage_streamed(self) -> bool:
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
+class Usage(msgspec.Struct):
+    """Tokens of the whole request: prompts are counted once, completions over all choices."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
+
+
+# A key that is absent differs from one that is null: streams carry `usage: null` only when usage was asked for.
+OptionalUsage = Usage | None | msgspec.UnsetType
+encode: Callable[[object], bytes] = msgspec.json.Encoder().encode

@@ -1,0 +1,108 @@
+"""Updates of choices to answers: the two endpoints' whole objects and stream chunks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import msgspec
+
+from server.generation import ChoiceUpdate
+from server.protocol.chat import ChatBody, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatMessage
+from server.protocol.common import OptionalUsage, Usage
+from server.protocol.completions import Completion, CompletionBody, CompletionChoice
+
+
+@dataclass(slots=True)
+class FinishedChoice:
+    """A choice of a whole answer, collected from its updates."""
+
+    texts: list[str] = field(default_factory=list)
+    finish_reason: str = ""
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class Reply(Protocol):
+    """How one endpoint words its answers. Each returned object is one JSON body or one frame."""
+
+    def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
+        """Chunks sent before any text."""
+        ...
+
+    def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]: ...
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        """The last chunk of a stream whose client asked for usage."""
+        ...
+
+    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct: ...
+
+
+class CompletionReply:
+    """`text_completion` objects."""
+
+    def __init__(self, body: CompletionBody, reply_id: str) -> None:
+        self._id = f"cmpl-{reply_id}"
+        self._model = body.model
+        self._created = int(time.time())
+        self._no_usage: OptionalUsage = None if body.is_usage_streamed else msgspec.UNSET
+
+    def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
+        return ()
+
+    def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]:
+        return (self._object([CompletionChoice(update.index, update.text, update.finish_reason)], self._no_usage),)
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        return self._object([], usage)
+
+    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct:
+        answers = [CompletionChoice(index, choice.text, choice.finish_reason) for index, choice in enumerate(choices)]
+        return self._object(answers, usage)
+
+    def _object(self, choices: list[CompletionChoice], usage: OptionalUsage) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+
+
+class ChatReply:
+    """`chat.completion` objects and `chat.completion.chunk` frames.
+
+    The role comes once per choice, before any text and in index order: the SDK appends choices in the order it sees them.
+    """
+
+    def __init__(self, body: ChatBody, reply_id: str) -> None:
+        self._id = f"chatcmpl-{reply_id}"
+        self._model = body.model
+        self._created = int(time.time())
+        self._no_usage: OptionalUsage = None if body.is_usage_streamed else msgspec.UNSET
+        # We have one tier; the API wants it named when the client names one.
+        self._tier: str | msgspec.UnsetType = "default" if body.service_tier else msgspec.UNSET
+
+    def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
+        for index in range(num_choices):
+            yield self._chunk([ChatChunkChoice(index, ChatDelta(role="assistant", content=""))], self._no_usage)
+
+    def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]:
+        if update.text:
+            yield self._chunk([ChatChunkChoice(update.index, ChatDelta(content=update.text))], self._no_usage)
+        if update.finish_reason is not None:
+            yield self._chunk([ChatChunkChoice(update.index, ChatDelta(), update.finish_reason)], self._no_usage)
+
+    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+        return self._chunk([], usage)
+
+    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct:
+        answers = [ChatChoice(index, ChatMessage(choice.text), choice.finish_reason) for index, choice in enumerate(choices)]
+        return ChatCompletion(
+            id=self._id, created=self._created, model=self._model, choices=answers, usage=usage, service_tier=self._tier
+        )
+
+    def _chunk(self, choices: list[ChatChunkChoice], usage: OptionalUsage) -> ChatChunk:
+        return ChatChunk(
+            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, service_tier=self._tier
+        )

@@ -1,0 +1,116 @@
+"""One generation request from body to answer, streamed or whole."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from functools import partial
+from typing import Any, TypeVar
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from medusa_core.errors import EngineError
+from server.body import read_body
+from server.convert import Job, chat_job, completion_job, new_output
+from server.errors import json_response
+from server.generation import ChoiceUpdate, Generation
+from server.middleware import arrival_s
+from server.protocol.chat import ChatBody
+from server.protocol.common import GenerationBody, encode
+from server.protocol.completions import CompletionBody
+from server.replies import ChatReply, CompletionReply, FinishedChoice, Reply
+from server.serving import Serving
+from server.streaming.sse import TokenStream, frames
+
+T = TypeVar("T")
+B = TypeVar("B", bound=GenerationBody)
+
+# The client has gone; nobody reads the answer, but logs and metrics show the status.
+CLIENT_CLOSED_REQUEST = 499
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+async def respond_to_completion(request: Request, serving: Serving) -> Response:
+    """`POST /v1/completions`. Raises MedusaError."""
+    return await _respond(request, serving, CompletionBody, completion_job, CompletionReply)
+
+
+async def respond_to_chat(request: Request, serving: Serving) -> Response:
+    """`POST /v1/chat/completions`. Raises MedusaError."""
+    return await _respond(request, serving, ChatBody, chat_job, ChatReply)
+
+
+async def _respond(
+    request: Request,
+    serving: Serving,
+    body_class: type[B],
+    make_job: Callable[..., Job],
+    make_reply: Callable[[B, str], Reply],
+) -> Response:
+    # Before the body is read: a server that takes no requests says so whatever they contain.
+    model = serving.require_model()
+    body = await read_body(request, body_class, allow_unknown=serving.settings.allow_unknown_fields)
+    model.check_name(body.model)
+    # Clients choose x-request-id and may repeat it; the engine needs an id that no live request has.
+    unique_id = uuid.uuid4().hex
+    make = partial(make_job, body, model, request_id=unique_id, arrival_s=arrival_s(request.scope))
+    job = await asyncio.get_running_loop().run_in_executor(serving.text_thread, make)
+    generation = Generation(serving.client, job, partial(new_output, body, model), model.metrics)
+    reply = make_reply(body, unique_id)
+    try:
+        if body.stream:
+            return await _stream(request, serving, body, generation, reply)
+        return await _unless_gone(request, _whole(generation, reply))
+    except ClientGoneError:
+        return Response(status_code=CLIENT_CLOSED_REQUEST)
+
+
+async def _stream(request: Request, serving: Serving, body: GenerationBody, generation: Generation, reply: Reply) -> Response:
+    """Waits for the first update, so that a refusal by the engine (queue full) is still an HTTP status."""
+    updates = generation.updates()
+    first = await _unless_gone(request, _first(updates))
+    content = frames(reply, generation, first, updates, has_usage=body.is_usage_streamed)
+    return TokenStream(content, updates, ping_s=serving.settings.sse_ping_s)
+
+
+async def _first(updates: AsyncGenerator[ChoiceUpdate, None]) -> ChoiceUpdate:
+    async for update in updates:
+        return update
+    raise EngineError("The engine ended the request without an answer.", hint="Try again.")
+
+
+async def _whole(generation: Generation, reply: Reply) -> Response:
+    choices = [FinishedChoice() for _ in range(generation.num_choices)]
+    async with aclosing(generation.updates()) as updates:
+        async for update in updates:
+            choices[update.index].texts.append(update.text)
+            if update.finish_reason is not None:
+                choices[update.index].finish_reason = update.finish_reason
+    return json_response(encode(reply.whole(choices, generation.usage)))
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client disconnects: then raises ClientGoneError."""
+    task = asyncio.create_task(work)
+    watcher = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        task.cancel()
+        watcher.cancel()
+        await asyncio.gather(task, watcher, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Returns when the client has gone. The body has been read, so nothing else can come."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

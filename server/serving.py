@@ -1,0 +1,94 @@
+"""What the routes of one app share: the engine client, the loaded model, and whether requests are taken."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from prometheus_client import CollectorRegistry
+
+from medusa_core.engine.client import EngineClient
+from medusa_core.errors import DrainingError, EngineNotReadyError
+from medusa_core.outputs import EngineInfo
+from medusa_core.text import TextProcessor
+from server.errors import ModelNotFoundError
+from server.metrics import EngineMetrics, HttpMetrics
+from server.settings import ServerSettings
+
+logger = logging.getLogger(__name__)
+
+TextLoader = Callable[[EngineInfo], TextProcessor]
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """A model that has been loaded once; it stays known while its worker restarts.
+
+    names: ids under which clients may ask for it. created: Unix time of loading, for `/v1/models`.
+    """
+
+    info: EngineInfo
+    text: TextProcessor
+    metrics: EngineMetrics
+    names: tuple[str, ...]
+    created: int
+
+    def check_name(self, name: str) -> None:
+        if name not in self.names:
+            known = ", ".join(self.names)
+            raise ModelNotFoundError(f"The model {name[:200]!r} does not exist.", param="model", hint=f"Served here: {known}.")
+
+
+@dataclass(eq=False)
+class Serving:
+    """The state of one app. `load` runs once, in the background, while the server already answers health checks."""
+
+    client: EngineClient
+    load_text: TextLoader
+    settings: ServerSettings
+    registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    model: ServedModel | None = None
+    is_draining: bool = False
+    # HTTP requests being answered now; the drain waits for 0
+    num_active: int = 0
+
+    def __post_init__(self) -> None:
+        self.http_metrics = HttpMetrics(self.registry)
+        # One thread: templates and tokenizers need not be thread-safe, and long prompts do not stall running streams.
+        self.text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+
+    async def load(self) -> None:
+        """Start the engine and load its tokenizer. Raises what `EngineClient.start` raises."""
+        info = await self.client.start()
+        text = await asyncio.get_running_loop().run_in_executor(self.text_thread, self.load_text, info)
+        names = tuple(self.settings.served_model_name) or (info.model_name,)
+        metrics = EngineMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
+        self.model = ServedModel(info, text, metrics, names, created=int(time.time()))
+        logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)
+
+    async def close(self) -> None:
+        self.text_thread.shutdown(wait=False, cancel_futures=True)
+        await self.client.close()
+
+    @property
+    def is_healthy(self) -> bool:
+        """False once a loaded worker is dead; a first load in progress is healthy."""
+        return self.model is None or self.client.is_ready
+
+    @property
+    def is_ready(self) -> bool:
+        return self.model is not None and self.client.is_ready and not self.is_draining
+
+    def require_model(self) -> ServedModel:
+        """The model, for a route that is about to use the engine. Raises DrainingError or EngineNotReadyError."""
+        if self.is_draining:
+            raise DrainingError("The server is shutting down.", hint="Send the request to another instance, or try again later.")
+        if self.model is None:
+            raise EngineNotReadyError("The model is still loading.", hint="Try again when /ready answers 200.")
+        if not self.client.is_ready:
+            raise EngineNotReadyError("The engine is restarting.", hint="Try again when /ready answers 200.")
+        return self.model

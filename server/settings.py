@@ -1,0 +1,161 @@
+"""The server's options: one declaration gives flags, `MEDUSA_*` variables, help and validation. Flags win over variables."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import types
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
+
+from pydantic import BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from medusa_core.config import CacheConfig, DtypeName, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.errors import ConfigError
+
+PROGRAM = "medusa-server"
+
+
+def _split(value: object) -> object:
+    """Flags give lists; a variable gives one string, separated by commas or blanks."""
+    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+
+
+class ServerSettings(BaseSettings):
+    """Options of `medusa-server`. Every field is a flag (`max_num_seqs`: --max-num-seqs) and a variable (MEDUSA_MAX_NUM_SEQS)."""
+
+    model_config = SettingsConfigDict(env_prefix="MEDUSA_", frozen=True, extra="forbid")
+
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+
+    model: str | None = Field(None, description="hub id, local folder or GGUF file; without it the demo model")
+    heads: str | None = Field(None, description="hub id, folder or file with Medusa heads; 'none' serves without heads")
+    revision: str | None = Field(None, description="branch, tag or commit of the model on the hub")
+    heads_revision: str | None = Field(None, description="branch, tag or commit of the heads on the hub")
+    dtype: DtypeName = Field("auto", description="number format of the weights; auto takes bfloat16 where it is fast")
+    device: str = Field("auto", description="torch device, such as cpu or cuda:0; auto takes a GPU if there is one")
+    max_model_len: int | None = Field(
+        None, description="most tokens of prompt and output together; default is the model's own limit"
+    )
+    served_model_name: Names = Field((), description="names under which clients ask for the model; the first one labels metrics")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model's files")
+    chat_template: str | None = Field(None, description="Jinja chat template, or a file with one, instead of the model's own")
+
+    api_key: Names = Field((), description="key that requests to /v1 must carry as a bearer token; may be repeated")
+    cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")
+    max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
+    allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
+    drain_timeout_s: float = Field(60, ge=0, description="seconds that running requests may take to end after SIGTERM")
+    sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
+
+    max_num_seqs: int = Field(64, description="choices that run at once")
+    max_queued_requests: int = Field(1024, description="choices that may wait; more are answered with 503")
+    max_step_tokens: int = Field(512, description="most prompt tokens computed in one step")
+    max_steps_in_flight: int = Field(0, description="steps launched before the oldest one's result is read: 0 or 1")
+    block_size: int = Field(16, description="tokens per block of the KV cache")
+    num_blocks: int | None = Field(None, description="blocks of the KV cache; default is measured from free memory")
+    memory_fraction: float = Field(0.85, description="share of free memory that the KV cache may take")
+    no_prefix_cache: bool = Field(False, description="do not reuse the KV of prompts that begin alike")
+
+    tree: str = Field("auto", description="name of a published tree, or a JSON file; auto takes the one shipped with the heads")
+    tree_size: int | Literal["auto"] = Field("auto", description="nodes per step, root included; auto chooses from measured costs")
+    no_speculation: bool = Field(False, description="decode one token per step; the output is the same")
+
+    def engine_config(self) -> EngineConfig:
+        """The engine's part of the options. Raises ConfigError."""
+        return EngineConfig(
+            model=ModelConfig(
+                model=self.model,
+                revision=self.revision,
+                heads=self.heads,
+                heads_revision=self.heads_revision,
+                dtype=self.dtype,
+                device=self.device,
+                max_model_len=self.max_model_len,
+                trust_remote_code=self.trust_remote_code,
+            ),
+            cache=CacheConfig(
+                block_size=self.block_size,
+                num_blocks=self.num_blocks,
+                memory_fraction=self.memory_fraction,
+                enable_prefix_cache=not self.no_prefix_cache,
+            ),
+            scheduler=SchedulerConfig(
+                max_num_seqs=self.max_num_seqs,
+                max_step_tokens=self.max_step_tokens,
+                max_step_rows=max(SchedulerConfig().max_step_rows, self.max_num_seqs),
+                max_queued_requests=self.max_queued_requests,
+                max_steps_in_flight=self.max_steps_in_flight,
+            ),
+            speculation=SpeculationConfig(enabled=not self.no_speculation, tree=self.tree, tree_size=self.tree_size),
+        )
+
+
+def load_settings(arguments: Sequence[str]) -> ServerSettings:
+    """Settings from command-line arguments, then `MEDUSA_*` variables, then defaults.
+
+    Raises ConfigError naming the first wrong option. Unknown flags and --help end the process, as argparse does, with a sentence.
+    """
+    given = vars(_parser().parse_args(arguments))
+    try:
+        return ServerSettings(**given)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        name = str(detail["loc"][0])
+        # Messages of pydantic end without a full stop.
+        raise ConfigError(f"{_flag(name)} (or MEDUSA_{name.upper()}): {detail['msg']}, got {detail['input']!r}.") from error
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        sys.stderr.write(f"{PROGRAM}: {message}; see {PROGRAM} --help.\n")
+        raise SystemExit(2)
+
+
+def _parser() -> argparse.ArgumentParser:
+    """One flag per field. Values stay text: pydantic converts and checks them, and flags that are absent leave no value."""
+    parser = _Parser(
+        prog=PROGRAM,
+        description="OpenAI-compatible server for language models with Medusa heads.",
+        epilog="Every option can also be set as a variable: --max-num-seqs as MEDUSA_MAX_NUM_SEQS. Flags win.",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    for name, field in ServerSettings.model_fields.items():
+        parser.add_argument(_flag(name), dest=name, help=_help(field), **_arity(field))
+    return parser
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _arity(field: FieldInfo) -> dict[str, Any]:
+    if field.annotation is bool:
+        return {"action": "store_true"}
+    metavar = _metavar(field.annotation)
+    # Several values at once or the flag repeated, as people like it.
+    return {"nargs": "+", "action": "extend", "metavar": metavar} if get_origin(field.annotation) is tuple else {"metavar": metavar}
+
+
+def _metavar(annotation: Any) -> str:
+    """`int | None` as INT, `Literal["a", "b"]` as a|b."""
+    arguments = [argument for argument in get_args(annotation) if argument is not type(None) and argument is not Ellipsis]
+    if get_origin(annotation) is Literal:
+        return "|".join(arguments)
+    if get_origin(annotation) in (Union, types.UnionType, tuple):
+        return "|".join(_metavar(argument) for argument in arguments)
+    return str(annotation.__name__).upper()
+
+
+def _help(field: FieldInfo) -> str:
+    has_default = field.default is not None and field.default is not False and field.default != ()
+    default = f" (default: {field.default})" if has_default else ""
+    return f"{field.description}{default}".replace("%", "%%")

@@ -1,0 +1,185 @@
+"""A scripted engine client and a tokenizer of one token per character, with the project's real stop and detokenising code."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from medusa_core.errors import EngineDeadError, EngineNotReadyError, InvalidParameterError, MedusaError
+from medusa_core.outputs import EngineInfo, EngineStats, FinishReason, TokenDelta
+from medusa_core.request import EngineRequest
+from medusa_core.text.detokenizer import Detokenizer
+from medusa_core.text.processor import OutputText
+from medusa_core.text.stop_strings import StopMatcher
+
+EOS = 0
+VOCAB_SIZE = 1000
+MAX_DEPTH = 3
+INFO = EngineInfo(
+    model_name="tiny",
+    tokenizer_path="/nowhere",
+    dtype="float32",
+    device="cpu",
+    max_model_len=256,
+    vocab_size=VOCAB_SIZE,
+    eos_token_ids=[EOS],
+    num_blocks=100,
+    block_size=16,
+    max_num_seqs=8,
+    num_heads=MAX_DEPTH,
+    max_depth=MAX_DEPTH,
+    tree="test",
+    tree_size="16",
+)
+
+
+def decode(token_ids: Sequence[int]) -> str:
+    return "".join(chr(token_id) for token_id in token_ids if token_id != EOS)
+
+
+class FakeText:
+    """Token id = code point. A chat is rendered as `role:content|` per message."""
+
+    def encode(self, text, *, add_special_tokens=True):
+        return [ord(character) for character in text]
+
+    def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, template_kwargs=None):
+        if add_generation_prompt and continue_final_message:
+            raise InvalidParameterError("Both at once.", param="continue_final_message")
+        self.last_messages = messages
+        self.last_kwargs = template_kwargs
+        text = "|".join(f"{message['role']}:{message.get('content', '')}" for message in messages)
+        return self.encode(text + ("|" if add_generation_prompt else ""))
+
+    def new_output(
+        self,
+        *,
+        stop=(),
+        include_stop_str_in_output=False,
+        skip_special_tokens=True,
+        stop_token_ids=frozenset(),
+        prompt_token_ids=(),
+    ):
+        detokenizer = Detokenizer(decode, byte_values={}, prompt_token_ids=prompt_token_ids)
+        return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids)
+
+
+def answer_of(request: EngineRequest, choice_idx: int) -> str:
+    """What the engine says when no script is given: differs by choice."""
+    return f"Hello world {choice_idx}"
+
+
+@dataclass
+class FakeClient:
+    """Emits `answer(request, choice)` and EOS: one token, then drafts of depth 3 of which two are accepted and a bonus follows.
+
+    gate: if set, the engine waits for it after `num_free_steps` steps. failure: raised after as many steps.
+    """
+
+    answer: Callable[[EngineRequest, int], str] = answer_of
+    refusal: MedusaError | None = None
+    failure: MedusaError | None = None
+    load_error: MedusaError | None = None
+    gate: asyncio.Event | None = None
+    num_free_steps: int = 0
+    step_s: float = 0.0
+    loading: asyncio.Event | None = None
+    is_alive: bool = True
+    stats: EngineStats = field(default_factory=EngineStats)
+    requests: list[EngineRequest] = field(default_factory=list)
+    deltas: list[TokenDelta] = field(default_factory=list)
+    aborted: list[tuple[str, int | None]] = field(default_factory=list)
+    num_live: int = 0
+    is_started: bool = False
+    is_closed: bool = False
+
+    async def start(self) -> EngineInfo:
+        if self.loading is not None:
+            await self.loading.wait()
+        if self.load_error is not None:
+            raise self.load_error
+        self.is_started = True
+        return INFO
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+    @property
+    def info(self) -> EngineInfo:
+        if not self.is_started:
+            raise EngineNotReadyError("Loading.")
+        return INFO
+
+    @property
+    def is_ready(self) -> bool:
+        return self.is_started and self.is_alive
+
+    async def abort(self, request_id: str, choice_idx: int | None = None) -> None:
+        self.aborted.append((request_id, choice_idx))
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        self.requests.append(request)
+        if self.refusal is not None:
+            raise self.refusal
+        self.num_live += 1
+        finished = False
+        try:
+            async for delta in self._steps(request):
+                self.deltas.append(delta)
+                yield delta
+            finished = True
+        finally:
+            self.num_live -= 1
+            if not finished:
+                self.aborted.append((request.request_id, None))
+
+    async def _steps(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
+        limit = request.params.max_tokens
+        left = {}
+        for choice_idx in range(request.params.n):
+            text = self.answer(request, choice_idx)
+            left[choice_idx] = ([ord(character) for character in text] + [EOS])[:limit]
+        num_steps = 0
+        # Last choice first: nothing promises callers an order.
+        while left:
+            await self._pause(num_steps)
+            for choice_idx in sorted(left, reverse=True):
+                delta = self._delta(request, choice_idx, left[choice_idx], is_first=num_steps == 0)
+                yield delta
+                left[choice_idx] = left[choice_idx][len(delta.token_ids) :]
+                if delta.finish_reason is not None:
+                    del left[choice_idx]
+            num_steps += 1
+
+    async def _pause(self, num_steps: int) -> None:
+        await asyncio.sleep(self.step_s)
+        if num_steps < self.num_free_steps:
+            return
+        if self.failure is not None:
+            raise self.failure
+        if self.gate is not None:
+            await self.gate.wait()
+        if not self.is_alive:
+            raise EngineDeadError("The worker died.")
+
+    def _delta(self, request: EngineRequest, choice_idx: int, left: list[int], *, is_first: bool) -> TokenDelta:
+        tokens = left[:1] if is_first else left[:3]
+        reason = None
+        if (request.request_id, choice_idx) in self.aborted:
+            tokens, reason = [], FinishReason.ABORT
+        elif len(tokens) == len(left):
+            reason = FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
+        has_draft = not is_first and bool(tokens) and request.params.is_speculation_enabled
+        return TokenDelta(
+            request_id=request.request_id,
+            choice_idx=choice_idx,
+            token_ids=tokens,
+            finish_reason=reason,
+            num_draft_nodes=15 if has_draft else 0,
+            draft_depth=MAX_DEPTH if has_draft else 0,
+            num_accepted=min(2, len(tokens)) if has_draft else 0,
+            is_first=is_first,
+            num_cached_tokens=2 if is_first else 0,
+            queue_s=0.01 if is_first else 0.0,
+        )
