@@ -12,6 +12,7 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from server.metrics import EngineMetrics, HttpMetrics
+from server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
 DASHBOARDS = sorted((ROOT / "deploy/grafana/dashboards/json").glob("*.json"))
@@ -64,8 +65,8 @@ def test_images_that_are_pulled_are_pinned_by_tag(services):
 
 
 def test_the_container_outlives_the_drain(services):
-    minimum_s = 60
-    assert int(services["server"]["stop_grace_period"].removesuffix("s")) > minimum_s
+    drain_s = ServerSettings.model_fields["drain_timeout_s"].default
+    assert int(services["server"]["stop_grace_period"].removesuffix("s")) > drain_s
 
 
 def test_prometheus_scrapes_the_service(services):
