@@ -45,7 +45,6 @@ class EngineCore:
         self._runner = runner
         self._max_steps_in_flight = max_steps_in_flight
         self._pending: deque[PendingStep] = deque()
-        self._num_steps = 0
         self._step_seconds = 0.0
 
     @property
@@ -72,15 +71,12 @@ class EngineCore:
         return deltas
 
     def stats(self) -> EngineStats:
-        """The scheduler's snapshot with the steps that had rows, and the seconds spent in `step`."""
-        return msgspec.structs.replace(
-            self._scheduler.stats(), num_steps_total=self._num_steps, step_seconds_total=self._step_seconds
-        )
+        """The scheduler's snapshot, with the seconds spent in `step` so far."""
+        return msgspec.structs.replace(self._scheduler.stats(), step_seconds_total=self._step_seconds)
 
     def _launch(self, plan: StepPlan) -> None:
         if not plan.is_empty:
             self._pending.append(self._runner.submit(plan))
-            self._num_steps += plan.has_rows
         elif not self._pending and self._scheduler.has_work:
             # Nothing runs and nothing will change by itself: better a loud end than a loop that spins for ever.
             raise EngineError("The scheduler has requests but plans no step for them.")

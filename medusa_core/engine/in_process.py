@@ -10,7 +10,7 @@ from concurrent.futures import Future
 
 from medusa_core.engine.core import EngineCore
 from medusa_core.engine.loop import EngineLoop, FrontEndLostError
-from medusa_core.engine.messages import Command, Event, Failed
+from medusa_core.engine.messages import Command, Event, Failed, Ready
 from medusa_core.engine.streams import Streams
 from medusa_core.errors import EngineDeadError, EngineError, EngineNotReadyError
 from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
@@ -71,19 +71,21 @@ class InProcessClient:
         if self._thread is not None:
             raise EngineError("The engine has been started already.", hint="Close it first.")
         transport = self._transport = _ThreadTransport(asyncio.get_running_loop(), self._on_event)
-        built: Future[EngineCore] = Future()
+        outcome: Future[Ready] = Future()
         # A daemon, so that a program that forgets close() can still exit.
-        self._thread = threading.Thread(target=_run_engine, args=(self._build, transport, built), name="medusa-engine", daemon=True)
+        self._thread = threading.Thread(
+            target=_run_engine, args=(self._build, transport, outcome), name="medusa-engine", daemon=True
+        )
         self._thread.start()
         try:
-            core = await asyncio.wrap_future(built)
+            ready = await asyncio.wrap_future(outcome)
         except BaseException:
             transport.close()
             self._thread = None
             raise
-        self._info = core.info
-        self._streams.attach(transport.put, EngineStats())
-        return core.info
+        self._info = ready.info
+        self._streams.attach(transport.put, ready.stats)
+        return ready.info
 
     async def close(self) -> None:
         """As EngineClient.close; waits for the step that is running."""
@@ -120,12 +122,12 @@ class InProcessClient:
             self._streams.detach(EngineDeadError("The engine failed.", hint="Close and start it again."))
 
 
-def _run_engine(build: Callable[[], EngineCore], transport: _ThreadTransport, built: Future[EngineCore]) -> None:
-    built.set_running_or_notify_cancel()  # from here on a cancelled start() cannot cancel the future under us
+def _run_engine(build: Callable[[], EngineCore], transport: _ThreadTransport, outcome: Future[Ready]) -> None:
+    outcome.set_running_or_notify_cancel()  # from here on a cancelled start() cannot cancel the future under us
     try:
         core = build()
     except BaseException as error:  # noqa: BLE001 - carried to start(), which raises it
-        built.set_exception(error)
+        outcome.set_exception(error)
         return
-    built.set_result(core)
+    outcome.set_result(Ready(core.info, core.stats()))
     EngineLoop(core, transport).run()

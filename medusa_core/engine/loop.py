@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import Protocol
 
@@ -28,7 +29,7 @@ class Transport(Protocol):
         ...
 
     def receive(self, *, is_blocking: bool) -> list[tuple[bytes, Command]]:
-        """Every command that has arrived. If blocking, waits until there is one or the transport is closed."""
+        """Every command that has arrived. If blocking, waits for one; may still return without any."""
         ...
 
     def send(self, front_end: bytes, event: Event) -> None:
@@ -63,10 +64,14 @@ class EngineLoop:
                 self._turn()
         except Exception:
             logger.exception("the engine failed with %d live requests", len(self._routes))
-            for front_end in list(self._front_ends):
-                self._send(front_end, Failed(WireError.of(engine_failure())))
+            self._fail()
             return False
         return True
+
+    def _fail(self) -> None:
+        for front_end in self._front_ends:
+            with contextlib.suppress(FrontEndLostError):
+                self._transport.send(front_end, Failed(WireError.of(engine_failure())))
 
     def _turn(self) -> None:
         deltas: list[TokenDelta] = []

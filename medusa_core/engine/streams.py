@@ -43,8 +43,9 @@ class Streams:
         self.stats = stats
 
     def detach(self, error: MedusaError) -> None:
-        """The engine is gone: every live request ends with `error`."""
+        """The engine is gone: every live request ends with `error`, and the counters start over with the next engine."""
         self._send = None
+        self.stats = EngineStats()
         self._fail_all(error)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:

@@ -169,7 +169,7 @@ class Supervisor:
             await asyncio.sleep(delay_s)
             try:
                 return await self._launch(), num_failures
-            except MedusaError as error:
+            except (MedusaError, OSError) as error:
                 logger.error("the engine process could not be restarted: %s", error)
 
 

@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 # Messages that may wait for one front end, i.e. steps it may fall behind, before it counts as lost.
 MAX_UNSENT_MESSAGES = 10_000
+# How often an idle engine tries to tell a stalled front end that its requests have ended.
+_STALLED_RETRY_MS = 200
 # How long the last messages may take to leave when the loop has ended.
 _LINGER_MS = 1_000
 
@@ -71,7 +73,7 @@ class RouterTransport:
     def receive(self, *, is_blocking: bool) -> list[tuple[bytes, Command]]:
         self._notify_stalled()
         if is_blocking:
-            self._router.poll()
+            self._router.poll(_STALLED_RETRY_MS if self._stalled else None)
         commands: list[tuple[bytes, Command]] = []
         while True:
             try:

@@ -80,7 +80,7 @@ class WorkerClient:
         )
 
     async def start(self) -> EngineInfo:
-        """As EngineClient.start. May be called again after close."""
+        """As EngineClient.start. Cancelling it ends the worker. May be called again after close."""
         await self._supervisor.start()
         return self.info
 

@@ -6,28 +6,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 
 import pytest
 
-from medusa_core.config import EngineConfig, ModelConfig, SchedulerConfig
 from medusa_core.engine.client import EngineClient
-from medusa_core.engine.in_process import InProcessClient
-from medusa_core.engine.worker_client import WorkerClient
-from tests.engine import fake
-
-FAKE_BUILD = "tests.engine.fake:build"
+from tests.engine.harness import make_config, make_in_process_client, make_worker_client
 
 MakeClient = Callable[..., EngineClient]
 StartClient = Callable[..., Awaitable[EngineClient]]
-
-
-def make_config(behaviour: str = "", **scheduler: int) -> EngineConfig:
-    return EngineConfig(model=ModelConfig(model=behaviour), scheduler=SchedulerConfig(**scheduler))
-
-
-def make_worker_client(config: EngineConfig) -> WorkerClient:
-    return WorkerClient(config, build=FAKE_BUILD, restart_delays_s=(0.05,))
-
-
-def make_in_process_client(config: EngineConfig) -> InProcessClient:
-    return InProcessClient(lambda: fake.build(config, progress=False))
 
 
 @pytest.fixture(params=["in_process", "worker"])

@@ -5,6 +5,7 @@
     refuse       raise HeadsMismatchError while loading
     crash        end the process while loading, without a word
     bug          raise TypeError while loading
+    slow_load    take for ever to load
 A prompt that starts with POISON_TOKEN makes the step that runs it fail.
 """
 
@@ -110,12 +111,11 @@ class FakeScheduler:
             self._num_choices += 1
 
     def schedule(self) -> StepPlan:
-        self._num_steps += 1
         lanes = [lane for lane, choice in self.open.items() if choice.num_planned != choice.request.params.max_tokens]
         for lane in lanes:
             self.open[lane].num_planned += 1
-        groups = [DecodeGroup(lanes=lanes, num_nodes=1)] if lanes else []
-        return StepPlan(step_id=self._num_steps, decode_groups=groups)
+        self._num_steps += bool(lanes)
+        return StepPlan(step_id=self._num_steps, decode_groups=[DecodeGroup(lanes=lanes, num_nodes=1)] if lanes else [])
 
     def update(self, result: StepResult) -> list[TokenDelta]:
         deltas = []
@@ -138,7 +138,8 @@ class FakeScheduler:
         return [_delta(self.open.pop(lane), [], FinishReason.ABORT) for lane in lanes]
 
     def stats(self) -> EngineStats:
-        return EngineStats(num_running=len(self.open), num_blocks_used=len(self.open), num_blocks=100)
+        num_open = len(self.open)
+        return EngineStats(num_running=num_open, num_blocks_used=num_open, num_blocks=100, num_steps_total=self._num_steps)
 
 
 def _delta(choice: Choice, token_ids: list[int], reason: FinishReason | None) -> TokenDelta:
@@ -160,6 +161,8 @@ def build(config: EngineConfig, *, progress: bool) -> EngineCore:
         os._exit(3)
     if "bug" in options:
         raise TypeError("a bug in the loader")
+    if "slow_load" in options:
+        time.sleep(60)
     print("a library that prints must not disturb the start")
     runner = FakeRunner(delay_s=float(options.get("delay", 0)))
     scheduler = FakeScheduler(runner, max_choices=config.scheduler.max_queued_requests)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
 
 import pytest
 
-from medusa_core.engine.client import EngineClient
 from medusa_core.errors import (
     EngineDeadError,
     EngineError,
@@ -17,31 +15,10 @@ from medusa_core.errors import (
     PromptError,
     QueueFullError,
 )
-from medusa_core.outputs import FinishReason, TokenDelta
-from medusa_core.params import SamplingParams
-from medusa_core.request import EngineRequest
+from medusa_core.outputs import FinishReason
 from tests.engine.conftest import MakeClient, StartClient
 from tests.engine.fake import POISON_TOKEN, VOCAB_SIZE
-
-SLOW = "delay=0.005"
-
-
-def make_request(request_id: str, prompt: list[int], **params) -> EngineRequest:
-    return EngineRequest(request_id=request_id, prompt_token_ids=prompt, params=SamplingParams(**params))
-
-
-async def collect(client: EngineClient, request: EngineRequest) -> list[TokenDelta]:
-    return [delta async for delta in client.generate(request)]
-
-
-def tokens_of(deltas: list[TokenDelta], choice_idx: int = 0) -> list[int]:
-    return [token_id for delta in deltas if delta.choice_idx == choice_idx for token_id in delta.token_ids]
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(20):
-        while not condition():
-            await asyncio.sleep(0.005)
+from tests.engine.harness import SLOW, collect, make_request, tokens_of, until
 
 
 async def test_tokens_stream_in_order_and_end_with_a_reason(start_client: StartClient):
