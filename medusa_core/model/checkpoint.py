@@ -21,7 +21,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from medusa_core.config import ModelConfig
 from medusa_core.errors import HeadsMismatchError, ModelLoadError
+from medusa_core.model import demo, hub
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import Projection
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 DRAFT_VOCAB_SIZE = 32_768
 
 _WRONG_HEADS = "Use heads that were trained for this model (--heads), or --heads none."
+_OWN_FILE_SUFFIXES = ("safetensors", "pt")
 _PREFIX = re.compile(r"medusa_heads?\.")
 _BLOCK = re.compile(r"(?:medusa_heads?\.)?(?P<head>\d+)\.(?P<layer>\d+)\.linear\.(?P<kind>weight|bias)")
 _OWN_LM_HEAD = re.compile(r"(?:medusa_heads?\.)?(?P<head>\d+)\.(?P<layer>\d+)\.weight")
@@ -69,6 +72,23 @@ class _HeadTensors:
             self.token_map = (name, read(name))
         else:
             self.unknown.append(name)
+
+
+def find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool = True) -> Path | None:
+    """Where the heads of `config` are: the file or folder it names, the demo model's, or beside the model. None: there are none.
+
+    Raises ModelLoadError where heads are named that do not exist.
+    """
+    if config.heads == "none":
+        return None
+    if config.heads is not None:
+        return hub.resolve(config.heads, revision=config.heads_revision, progress=progress)
+    if config.model is None:
+        return demo.demo_heads_path()
+    if has_heads(loaded.folder):
+        return loaded.folder
+    beside_file = (Path(config.model).expanduser().parent / f"medusa_lm_head.{suffix}" for suffix in _OWN_FILE_SUFFIXES)
+    return next((path for path in beside_file if config.model.endswith(".gguf") and path.is_file()), None)
 
 
 def load_heads(source: Path, loaded: LoadedModel, *, draft_vocab_size: int | None = DRAFT_VOCAB_SIZE) -> MedusaHeads:
@@ -109,7 +129,7 @@ def find_heads_files(source: Path) -> list[Path]:
 
 def has_heads(folder: Path) -> bool:
     """True if a model's folder holds Medusa heads as well, as a file of their own or among the model's tensors."""
-    if any((folder / f"medusa_lm_head.{suffix}").is_file() for suffix in ("safetensors", "pt")):
+    if any((folder / f"medusa_lm_head.{suffix}").is_file() for suffix in _OWN_FILE_SUFFIXES):
         return True
     shards = sorted(folder.glob("*.safetensors"))
     with open_tensor_files(shards) as files:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
 
-from huggingface_hub import hf_hub_download, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
-    EntryNotFoundError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -22,11 +19,9 @@ from tqdm import tqdm
 
 from medusa_core.errors import ModelLoadError
 
-T = TypeVar("T")
-
 _REPO_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
-_SAFETENSORS = ("*.safetensors", "*.safetensors.index.json")
-_PICKLED = ("*.bin", "*.pt", "*.bin.index.json")
+_SAFETENSORS = ("*.safetensors",)
+_PICKLED = ("*.bin", "*.pt")
 # Configs, tokenizers, chat templates, and the code that --trust-remote-code may run.
 _BESIDE_WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*", "*.py")
 # Copies of the weights in forms that are not read.
@@ -46,7 +41,7 @@ def resolve(name: str, *, revision: str | None = None, endpoint: str | None = No
     Raises ModelLoadError for paths that do not exist and for what the hub does not have or cannot deliver.
     """
     path = Path(name).expanduser()
-    if path.exists():
+    if name and path.exists():
         return path
     parts = name.split("/")
     if len(parts) >= 3 and path.suffix == ".gguf" and _REPO_ID.fullmatch("/".join(parts[:2])):
@@ -58,20 +53,10 @@ def resolve(name: str, *, revision: str | None = None, endpoint: str | None = No
 
 def fetch_snapshot(repo_id: str, *, revision: str | None = None, endpoint: str | None = None, progress: bool = True) -> Path:
     """A hub repository's weights, configs and tokenizer, as a local folder. Pickled weights only where there are no safetensors."""
-    download: Callable[..., str] = partial(
-        snapshot_download,
-        repo_id,
-        revision=revision,
-        endpoint=endpoint,
-        ignore_patterns=list(_IGNORED),
-        tqdm_class=None if progress else _SilentBar,
-    )
-    folder = Path(_explained(repo_id, revision, partial(download, allow_patterns=[*_SAFETENSORS, *_BESIDE_WEIGHTS])))
-    if any(folder.glob("*.safetensors")):
-        return folder
-    folder = Path(_explained(repo_id, revision, partial(download, allow_patterns=[*_PICKLED, *_BESIDE_WEIGHTS])))
-    if any(file for pattern in ("*.bin", "*.pt") for file in folder.glob(pattern)):
-        return folder
+    for weights in (_SAFETENSORS, _PICKLED):
+        folder = _download(repo_id, [*weights, *_BESIDE_WEIGHTS], _IGNORED, revision, endpoint, progress)
+        if any(True for pattern in weights for _ in folder.glob(pattern)):
+            return folder
     raise ModelLoadError(
         f"The hub repository {repo_id} holds no weights (.safetensors, .bin or .pt).",
         hint=f"For a GGUF file, name it: {repo_id}/<file>.gguf.",
@@ -82,15 +67,25 @@ def fetch_file(
     repo_id: str, filename: str, *, revision: str | None = None, endpoint: str | None = None, progress: bool = True
 ) -> Path:
     """One file of a hub repository, as a local path."""
-    bar = None if progress else _SilentBar
-    download = partial(hf_hub_download, repo_id, filename, revision=revision, endpoint=endpoint, tqdm_class=bar)
-    return Path(_explained(repo_id, revision, download))
+    path = _download(repo_id, [filename], (), revision, endpoint, progress) / filename
+    if not path.is_file():
+        raise ModelLoadError(f"The hub repository {repo_id} has no file {filename!r}.", hint="Check its list of files.")
+    return path
 
 
-def _explained(repo_id: str, revision: str | None, download: Callable[[], T]) -> T:
-    """Run a download; raises ModelLoadError with one sentence and a remedy for each way it can fail."""
+def _download(
+    repo_id: str, wanted: Sequence[str], ignored: Sequence[str], revision: str | None, endpoint: str | None, progress: bool
+) -> Path:
+    """The files that match, from the hub or its local cache. Raises ModelLoadError with a remedy for each way it can fail."""
     try:
-        return download()
+        folder = snapshot_download(
+            repo_id,
+            revision=revision,
+            endpoint=endpoint,
+            allow_patterns=list(wanted),
+            ignore_patterns=list(ignored),
+            tqdm_class=None if progress else _SilentBar,
+        )
     except GatedRepoError as error:
         raise ModelLoadError(f"{repo_id} is gated on the hub.", hint="Accept its terms there and set HF_TOKEN.") from error
     except RepositoryNotFoundError as error:
@@ -101,9 +96,8 @@ def _explained(repo_id: str, revision: str | None, download: Callable[[], T]) ->
     except LocalEntryNotFoundError as error:
         hint = "Check the network (HF_ENDPOINT, HF_HUB_OFFLINE), or give a local folder."
         raise ModelLoadError(f"The hub cannot be reached, and {repo_id} is not in the local cache.", hint=hint) from error
-    except EntryNotFoundError as error:
-        raise ModelLoadError(f"The hub repository {repo_id} does not have that file.", hint="Check its list of files.") from error
     except HFValidationError as error:
         raise ModelLoadError(f"{repo_id!r} is neither a path nor a hub id.", hint="Check the spelling.") from error
     except (HfHubHTTPError, OSError) as error:
         raise ModelLoadError(f"Downloading {repo_id} failed ({error}).", hint="Try again; what has arrived is kept.") from error
+    return Path(folder)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -114,7 +115,18 @@ def _read_config(folder: Path, trust_remote_code: bool) -> PretrainedConfig:
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except _LOAD_ERRORS as error:
-        raise ModelLoadError(f"The config in {folder} cannot be read ({_first_line(error)}).") from error
+        raise ModelLoadError(f"The config in {folder} cannot be read ({_first_line(error)}).", hint=_heads_hint(folder)) from error
+
+
+def _heads_hint(folder: Path) -> str | None:
+    """What to do with a folder that holds heads only: its config names the base model, under no model type."""
+    try:
+        data = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(data, dict) or "medusa_num_heads" not in data:
+        return None
+    return f"It holds Medusa heads: use --model {data.get('base_model_name_or_path', '<base model>')} --heads <this>."
 
 
 def _max_model_len(config: PretrainedConfig, requested: int | None) -> int:
