@@ -31,7 +31,8 @@ FROM base
 RUN useradd --create-home --uid 10001 medusa && install -d -o medusa /home/medusa/.cache
 COPY --from=build /opt/venv /opt/venv
 ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
-USER medusa
+# As a number, so that an orchestrator can tell that this is not root.
+USER 10001
 WORKDIR /home/medusa
 # Downloaded and dequantised models.
 VOLUME /home/medusa/.cache

@@ -34,7 +34,7 @@ class Tokenizer:
             raise ModelLoadError(f"The tokenizer folder {folder} does not exist.")
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        except Exception as error:  # noqa: BLE001  (a malformed tokenizer.json raises KeyError, TypeError, or Exception itself)
             raise ModelLoadError(
                 f"No tokenizer could be loaded from {folder}: {error}",
                 hint="The folder needs tokenizer.json (or the files of its tokenizer class) and tokenizer_config.json.",

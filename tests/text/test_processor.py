@@ -129,14 +129,22 @@ def test_an_unusable_template_option_is_a_configuration_error(model_folder, temp
         TextProcessor.load(model_folder, chat_template=template)
 
 
+BAD_SCHEMA = '{"version": "1.0", "added_tokens": [], "model": {"type": "BPE", "vocab": 3}}'
+
+
+@pytest.mark.parametrize("content", ["{ truncated", "[]", "{}", BAD_SCHEMA])
+def test_a_malformed_tokenizer_file_is_a_load_error(tmp_path, content):
+    (tmp_path / "tokenizer.json").write_text(content)
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    with pytest.raises(ModelLoadError, match="No tokenizer could be loaded"):
+        TextProcessor.load(tmp_path)
+
+
 def test_a_folder_without_tokenizer_is_a_load_error(tmp_path):
     with pytest.raises(ModelLoadError, match="tokenizer"):
         TextProcessor.load(tmp_path)
     with pytest.raises(ModelLoadError, match="does not exist"):
         TextProcessor.load(tmp_path / "missing")
-    (tmp_path / "tokenizer.json").write_text("{ truncated")
-    with pytest.raises(ModelLoadError):
-        TextProcessor.load(tmp_path)
 
 
 def test_importing_the_package_does_not_import_torch():
