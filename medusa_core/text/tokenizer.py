@@ -34,7 +34,8 @@ class Tokenizer:
             raise ModelLoadError(f"The tokenizer folder {folder} does not exist.")
         try:
             hf_tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=trust_remote_code, local_files_only=True)
-        except Exception as error:  # noqa: BLE001  (a malformed tokenizer.json raises KeyError, TypeError, or Exception itself)
+        # A malformed tokenizer.json raises KeyError, TypeError or Exception itself, depending on where it is wrong.
+        except Exception as error:
             raise ModelLoadError(
                 f"No tokenizer could be loaded from {folder}: {error}",
                 hint="The folder needs tokenizer.json (or the files of its tokenizer class) and tokenizer_config.json.",
