@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import signal
 import socket
@@ -79,6 +80,10 @@ async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSe
     host, port = listener.getsockname()[:2]
     logger.info("Listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
     await server.serve(sockets=[listener])
+    # Uvicorn skips the lifespan's end when it is forced, but the worker process must not outlive this one.
+    if server.force_exit:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(client.close(), CLOSE_TIMEOUT_S)
     # The first load failed: main prints the reason.
     if failures:
         raise failures[0]

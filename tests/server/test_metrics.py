@@ -1,0 +1,178 @@
+"""What /metrics says agrees with what clients got and with the engine's own records."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from medusa_core.outputs import EngineStats
+from server.metrics import EngineMetrics, TokenRate
+from tests.server.fakes import FakeClient
+
+RELIED_ON = [
+    "num_requests_running",
+    "num_requests_waiting",
+    "kv_cache_usage_perc",
+    "tree_size",
+    "tokens_per_second",
+    "prompt_tokens_total",
+    "generation_tokens_total",
+    "discarded_tokens_total",
+    "plain_steps_total",
+    "prefix_cache_queries_total",
+    "prefix_cache_hits_total",
+    "num_preemptions_total",
+    "spec_decode_num_drafts_total",
+    "spec_decode_num_draft_tokens_total",
+    "spec_decode_num_accepted_tokens_total",
+    "spec_decode_num_accepted_tokens_per_pos_total",
+    "spec_decode_num_tree_nodes_total",
+    "request_success_total",
+    "time_to_first_token_seconds_count",
+    "inter_token_latency_seconds_count",
+    "acceptance_length_count",
+    "e2e_request_latency_seconds_count",
+    "request_queue_time_seconds_count",
+]
+
+
+async def scrape(http):
+    """Samples by name and by (name, label values), summed over other labels."""
+    values = {}
+    for family in text_string_to_metric_families((await http.get("/metrics")).text):
+        for sample in family.samples:
+            values[sample.name] = values.get(sample.name, 0) + sample.value
+            for item in sample.labels.items():
+                values[sample.name, *item] = values.get((sample.name, *item), 0) + sample.value
+    return values
+
+
+async def run_requests(http):
+    bodies = [
+        {"max_tokens": 40},
+        {"max_tokens": 7, "n": 2},
+        {"max_tokens": 40, "stop": "wor", "n": 2},
+        {"max_tokens": 40, "speculative": {"enabled": False}},
+        {"max_tokens": 40, "prompt": ["a", "bc"]},
+        {"max_tokens": 1},
+    ]
+    requests = (http.post("/v1/completions", json={"model": "tiny", "prompt": "Hi", **body}) for body in bodies)
+    responses = await asyncio.gather(*requests)
+    return [response.json()["usage"] for response in responses]
+
+
+async def test_counters_agree_with_usage_and_with_the_engines_deltas(make_http):
+    client = FakeClient()
+    http = await make_http(client)
+    usages = await run_requests(http)
+    values = await scrape(http)
+    assert values["medusa_prompt_tokens_total"] == sum(usage["prompt_tokens"] for usage in usages)
+    generated = values["medusa_generation_tokens_total"]
+    assert generated == sum(usage["completion_tokens"] for usage in usages)
+    assert values["medusa_discarded_tokens_total"] >= 1
+    assert generated + values["medusa_discarded_tokens_total"] == sum(len(delta.token_ids) for delta in client.deltas)
+    num_choices = 9
+    assert values["medusa_request_success_total"] == num_choices
+    assert values["medusa_time_to_first_token_seconds_count"] == num_choices
+    assert values["medusa_request_queue_time_seconds_count"] == num_choices
+    assert values["medusa_e2e_request_latency_seconds_count"] == num_choices
+    # Once per token, except the first of each choice.
+    assert values["medusa_inter_token_latency_seconds_count"] == generated - num_choices
+
+
+async def test_speculation_counters_agree_with_each_other(make_http):
+    client = FakeClient()
+    http = await make_http(client)
+    await run_requests(http)
+    values = await scrape(http)
+    drafts = values["medusa_spec_decode_num_drafts_total"]
+    accepted = values["medusa_spec_decode_num_accepted_tokens_total"]
+    assert drafts > 0
+    assert values["medusa_spec_decode_num_draft_tokens_total"] == 3 * drafts
+    assert values["medusa_spec_decode_num_tree_nodes_total"] == 15 * drafts
+    assert values["medusa_spec_decode_num_accepted_tokens_per_pos_total"] == accepted
+    assert values["medusa_spec_decode_num_accepted_tokens_per_pos_total", "position", "0"] == drafts
+    assert values["medusa_acceptance_length_count"] == drafts
+    assert values["medusa_plain_steps_total"] == 5
+    # Every token is a choice's first, one of the 13 others of the request without speculation, or part of a draft step.
+    first_tokens = values["medusa_time_to_first_token_seconds_count"]
+    assert values["medusa_generation_tokens_total"] == first_tokens + 13 + values["medusa_acceptance_length_sum"]
+    assert accepted <= values["medusa_acceptance_length_sum"] <= accepted + drafts
+
+
+async def test_acceptance_length_buckets_cover_one_to_depth_plus_one(make_http):
+    http = await make_http()
+    await run_requests(http)
+    text = (await http.get("/metrics")).text
+    bounds = re.findall(r'medusa_acceptance_length_bucket{le="(.*?)"', text)
+    assert bounds == ["1.0", "2.0", "3.0", "4.0", "+Inf"]
+
+
+async def test_names_that_dashboards_rely_on_exist_before_the_first_request(make_http):
+    values = await scrape(await make_http())
+    for name in RELIED_ON:
+        assert (f"medusa_{name}", "model_name", "tiny") in values
+
+
+async def test_engine_gauges_show_the_latest_snapshot(make_http):
+    client = FakeClient(stats=EngineStats(num_running=3, num_waiting=4, num_blocks_used=25, num_blocks=100, tree_size=16))
+    http = await make_http(client)
+    values = await scrape(http)
+    assert values["medusa_num_requests_running"] == 3
+    assert values["medusa_num_requests_waiting"] == 4
+    assert values["medusa_kv_cache_usage_perc"] == 0.25
+    assert values["medusa_tree_size"] == 16
+    client.is_alive = False
+    assert (await scrape(http))["medusa_num_requests_running"] == 0
+
+
+def test_engine_counters_survive_a_restart_of_the_worker():
+    registry = CollectorRegistry()
+    metrics = EngineMetrics(registry, model_name="m", max_depth=2)
+
+    def update(steps, preemptions):
+        metrics.update(EngineStats(num_steps_total=steps, num_preemptions_total=preemptions))
+        return registry.get_sample_value("medusa_num_preemptions_total", {"model_name": "m"})
+
+    assert update(10, 2) == 2
+    assert update(20, 5) == 5
+    assert update(20, 5) == 5
+    assert update(3, 1) == 6
+    assert update(4, 2) == 7
+
+
+def test_token_rate_covers_ten_seconds():
+    now = [100.0]
+    rate = TokenRate(lambda: now[0])
+    for _ in range(5):
+        rate.add(4)
+        now[0] += 1
+    assert rate.per_second() == pytest.approx(2.0)
+    now[0] += 20
+    assert rate.per_second() == 0
+
+
+async def test_http_requests_are_counted_by_route_and_not_by_path(make_http):
+    http = await make_http()
+    await http.get("/v1/models/a")
+    await http.get("/v1/models/b")
+    await http.get("/x1")
+    await http.get("/x2")
+    await http.request("BREW", "/x3")
+    values = await scrape(http)
+    assert values["medusa_http_requests_total", "route", "/v1/models/{name:path}"] == 2
+    assert values["medusa_http_requests_total", "route", "unmatched"] == 3
+    assert values["medusa_http_requests_total", "method", "OTHER"] == 1
+    assert values["medusa_http_requests_total", "status", "404"] == 5
+    assert values["medusa_http_request_duration_seconds_count", "route", "unmatched"] == 3
+
+
+async def test_two_apps_in_a_process_count_apart(make_http):
+    first, second = await make_http(), await make_http()
+    await run_requests(first)
+    assert (await scrape(first))["medusa_generation_tokens_total"] > 0
+    assert (await scrape(second))["medusa_generation_tokens_total"] == 0

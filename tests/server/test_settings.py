@@ -1,0 +1,104 @@
+"""Options: flags, variables, help, and one sentence for a wrong one."""
+
+from __future__ import annotations
+
+import pytest
+
+from medusa_core.config import EngineConfig
+from medusa_core.errors import ConfigError
+from server import main
+from server.settings import ServerSettings, load_settings
+
+
+def test_defaults_are_the_engines_own():
+    assert load_settings([]).engine_config() == EngineConfig()
+
+
+def test_flags_reach_the_engine():
+    flags = {
+        "--model": "org/m",
+        "--heads": "none",
+        "--revision": "r",
+        "--heads-revision": "h",
+        "--dtype": "float32",
+        "--device": "cpu",
+        "--max-model-len": "99",
+        "--block-size": "8",
+        "--num-blocks": "7",
+        "--memory-fraction": "0.5",
+        "--max-num-seqs": "2000",
+        "--max-step-tokens": "64",
+        "--max-queued-requests": "5",
+        "--max-steps-in-flight": "1",
+        "--tree": "chain",
+        "--tree-size": "16",
+    }
+    switches = ["--trust-remote-code", "--no-prefix-cache", "--no-speculation"]
+    config = load_settings([*(part for flag in flags.items() for part in flag), *switches]).engine_config()
+    model, cache, scheduler = config.model, config.cache, config.scheduler
+    assert (model.model, model.heads, model.dtype, model.device, model.max_model_len) == ("org/m", "none", "float32", "cpu", 99)
+    assert (model.revision, model.heads_revision, model.trust_remote_code) == ("r", "h", True)
+    assert (cache.block_size, cache.num_blocks, cache.memory_fraction, cache.enable_prefix_cache) == (8, 7, 0.5, False)
+    assert (scheduler.max_num_seqs, scheduler.max_step_tokens) == (2000, 64)
+    assert (scheduler.max_queued_requests, scheduler.max_steps_in_flight) == (5, 1)
+    assert (config.speculation.tree, config.speculation.tree_size, config.speculation.enabled) == ("chain", 16, False)
+
+
+def test_several_values_at_once_or_repeated():
+    settings = load_settings(["--served-model-name", "a", "b", "--api-key", "k,1", "--api-key", "k2", "--cors-origin", "*"])
+    assert settings.served_model_name == ("a", "b")
+    assert settings.api_key == ("k,1", "k2")
+
+
+def test_variables_are_read_and_flags_win(monkeypatch):
+    monkeypatch.setenv("MEDUSA_PORT", "9001")
+    monkeypatch.setenv("MEDUSA_API_KEY", "one, two")
+    monkeypatch.setenv("MEDUSA_NO_SPECULATION", "true")
+    settings = load_settings([])
+    assert (settings.port, settings.api_key, settings.no_speculation) == (9001, ("one", "two"), True)
+    assert load_settings(["--port", "9002"]).port == 9002
+
+
+@pytest.mark.parametrize(
+    ("arguments", "mention"),
+    [
+        (["--port", "many"], "--port"),
+        (["--port", "70000"], "--port"),
+        (["--dtype", "int3"], "--dtype"),
+        (["--tree-size", "huge"], "--tree-size"),
+        (["--tree-size", "99"], "tree_size"),
+        (["--block-size", "0"], "block_size"),
+        (["--memory-fraction", "nan"], "memory_fraction"),
+        (["--drain-timeout-s", "-1"], "--drain-timeout-s"),
+        (["--host", "256.1.1.1"], "256.1.1.1"),
+    ],
+)
+def test_wrong_values_end_with_code_2_and_one_sentence(arguments, mention, capsys):
+    assert main.run(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert mention in stderr
+    assert stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["--prot", "1"], ["--port"], ["stray"]])
+def test_unknown_flags_end_with_code_2_and_one_sentence(arguments, capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        main.run(arguments)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_wrong_variable_is_named(monkeypatch):
+    monkeypatch.setenv("MEDUSA_MAX_NUM_SEQS", "x")
+    with pytest.raises(ConfigError, match="MEDUSA_MAX_NUM_SEQS"):
+        load_settings([])
+
+
+def test_help_explains_every_option(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        load_settings(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    for name, field in ServerSettings.model_fields.items():
+        assert f"--{name.replace('_', '-')}" in text
+        assert field.description
