@@ -57,8 +57,11 @@ class Harness:
 
     def step(self):
         """Plan and launch a step, then read results until no more than allowed are in flight. Returns the plan."""
+        num_preemptions = self.scheduler.stats().num_preemptions_total
         plan = self.scheduler.schedule()
         self._check(plan)
+        if self.scheduler.stats().num_preemptions_total > num_preemptions:
+            assert plan.joins == [], "admits in the step that ran out of blocks"
         if plan.is_empty:
             assert self.pending or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
         else:

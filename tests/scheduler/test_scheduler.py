@@ -100,6 +100,16 @@ def test_prefix_hits_are_not_computed_again_and_are_counted():
     assert (stats.num_prefix_query_tokens_total, stats.num_prefix_hit_tokens_total) == (28, 12)
 
 
+def test_the_block_of_a_last_token_that_was_never_computed_is_not_shared():
+    harness = Harness()
+    first = harness.add(range(5), max_tokens=3)
+    harness.run()
+    second = harness.add([*range(5), *harness.tokens(first), 1])
+    harness.run()
+    harness.assert_all_as_expected()
+    assert harness.deltas[second, 0][0].num_cached_tokens == 4
+
+
 @pytest.mark.parametrize("enable_prefix_cache", [True, False])
 def test_siblings_wait_for_the_prompt_and_share_its_full_blocks(enable_prefix_cache):
     harness = Harness(enable_prefix_cache=enable_prefix_cache)
@@ -151,8 +161,10 @@ def test_preemption_takes_the_worst_and_never_a_better_one():
     harness.assert_all_as_expected()
 
 
-def test_the_tree_shrinks_before_anyone_is_preempted():
-    harness = Harness(num_blocks=4, tree_size=16, max_model_len=16)
+@pytest.mark.parametrize("steps_in_flight", [0, 1])
+def test_the_tree_shrinks_before_anyone_is_preempted(steps_in_flight):
+    """A request alone that will fill the pool to its last slot."""
+    harness = Harness(num_blocks=4, tree_size=16, max_steps_in_flight=steps_in_flight)
     harness.add(range(8), max_tokens=8)
     harness.step()
     assert sizes(harness.step()) == {8: 1}
@@ -171,6 +183,30 @@ def test_a_preempted_request_takes_late_tokens_and_waits_for_them():
     assert len(harness.tokens(ids[1])) == num_tokens + 1
     harness.run()
     harness.assert_all_as_expected()
+
+
+def test_a_preempted_request_is_not_resumed_while_its_results_are_out():
+    harness = Harness(num_blocks=9, tree_size=1, max_depth=0, max_steps_in_flight=1)
+    ids = [harness.add([first, 6, 7, 8], max_tokens=20) for first in (1, 2)]
+    while harness.scheduler.stats().num_preemptions_total == 0:
+        plan = harness.scheduler.schedule()
+        harness.pending.append(harness.runner.submit(plan))
+        if len(harness.pending) > 2:
+            harness._take(harness.scheduler.update(harness.pending.popleft()))
+    harness.abort(ids[0])
+    # Room for it is there now, but two of its steps have not come back.
+    assert harness.scheduler.schedule().joins == []
+
+
+def test_admission_leaves_a_block_to_each_running_lane():
+    harness = Harness(num_blocks=5, max_step_tokens=64, max_depth=0)
+    for prompt in ([1] * 4, [2] * 8, [3] * 8):
+        harness.add(prompt, max_tokens=4)
+    # Two blocks are left and would hold the third prompt, but then the other two could not grow.
+    assert [join.uid for join in harness.step().joins] == [0, 1]
+    harness.run()
+    harness.assert_all_as_expected()
+    assert harness.scheduler.stats().num_preemptions_total == 0
 
 
 def test_the_row_budget_limits_the_tree():

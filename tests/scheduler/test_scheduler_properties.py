@@ -58,6 +58,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 is_speculation_enabled=is_speculation_enabled,
             )
 
+    @rule(data=st.data(), extra=st.lists(st.integers(0, 1), max_size=3))
+    def add_next_turn(self, data, extra):
+        """A prompt made of an earlier prompt and its output so far, as in a conversation: hits reach into generated blocks."""
+        if self.harness.requests:
+            earlier = data.draw(st.sampled_from(sorted(self.harness.requests)))
+            prompt = self.harness.requests[earlier].prompt_token_ids + self.harness.tokens(earlier) + extra
+            with contextlib.suppress(QueueFullError, ContextLengthError):
+                self.harness.add(prompt)
+
     @rule(num_steps=st.integers(1, 6))
     def step(self, num_steps):
         for _ in range(num_steps):
@@ -75,7 +84,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
-TestSchedulerMachine.settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+TestSchedulerMachine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
 @pytest.mark.parametrize("steps_in_flight", [0, 1])

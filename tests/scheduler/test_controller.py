@@ -1,0 +1,141 @@
+"""Tree sizes: fixed, and chosen from measured costs."""
+
+import pytest
+
+from medusa_core.errors import ConfigError
+from medusa_core.scheduler.controller import FixedTreeSize, MeasuredTreeSize, tree_sizes
+from medusa_core.scheduler.costs import CostCurve, StepCosts
+from tests.scheduler.harness import Harness
+
+# Of the published 7B heads.
+EXPECTED = {1: 1.0, 4: 1.74, 8: 2.0, 16: 2.2, 32: 2.35, 64: 2.47}
+FREE = CostCurve(((1, 0.0),))
+FLAT = CostCurve(((1, 1.0), (2048, 1.0)))
+# Flat up to 32 rows, then proportional: a machine that becomes compute-bound.
+ROOFLINE = CostCurve(((1, 1.0), (32, 1.0), (64, 2.0)))
+
+
+def measured(forward, *, draft=FREE, max_step_rows=1024, expected=EXPECTED):
+    return MeasuredTreeSize(expected, StepCosts(forward, draft), max_step_rows=max_step_rows)
+
+
+def test_costs_are_linear_between_points_and_go_on_beyond_them():
+    assert [ROOFLINE.seconds(rows) for rows in (0, 1, 16, 32, 48, 64, 96)] == [1.0, 1.0, 1.0, 1.0, 1.5, 2.0, 3.0]
+
+
+def test_one_measured_point_is_a_constant():
+    assert CostCurve(((8, 0.5),)).seconds(100) == 0.5
+
+
+def test_noise_at_the_end_of_a_curve_never_makes_more_rows_cheaper():
+    assert CostCurve(((1, 1.0), (8, 0.5))).seconds(16) == 0.5
+
+
+@pytest.mark.parametrize("points", [(), ((4, 1.0), (4, 2.0)), ((8, 1.0), (4, 2.0)), ((1, -1.0),), ((1, float("nan")),)])
+def test_a_curve_that_is_none_is_refused(points):
+    with pytest.raises(ConfigError, match="cost curve"):
+        CostCurve(points)
+
+
+def test_points_may_come_in_any_order():
+    assert CostCurve.from_points([(8, 2.0), (1, 1.0)]).points == ((1, 1.0), (8, 2.0))
+
+
+def test_sizes_are_the_padded_ones_and_the_one_asked_for():
+    assert tree_sizes(10) == (1, 4, 8, 10)
+    assert tree_sizes(64) == (1, 4, 8, 16, 32, 64)
+    assert tree_sizes(1) == (1,)
+
+
+def test_a_fixed_size_is_used_as_long_as_its_rows_fit():
+    controller = FixedTreeSize(10, max_step_rows=40)
+    assert [controller.choose(lanes) for lanes in (1, 4, 5, 6, 10, 11, 40)] == [10, 10, 8, 4, 4, 1, 1]
+    assert controller.choose(4, num_plain_lanes=1) == 8
+    assert controller.chosen == 8
+
+
+def test_when_rows_are_free_the_largest_tree_wins():
+    assert measured(FLAT).choose(4) == 64
+
+
+def test_the_tree_shrinks_as_lanes_fill_the_machine():
+    controller = measured(ROOFLINE)
+    chosen = [controller.choose(lanes) for lanes in (1, 2, 4, 8, 32, 64)]
+    assert chosen == [32, 16, 8, 4, 1, 1]
+    assert controller.chosen == 1
+
+
+def test_prefill_and_plain_rows_use_the_machine_up_too():
+    assert measured(ROOFLINE).choose(1, num_prefill_rows=0) == 32
+    assert measured(ROOFLINE).choose(4, num_plain_lanes=16) < measured(ROOFLINE).choose(4)
+
+
+def test_a_draft_that_costs_more_than_it_brings_is_not_made():
+    assert measured(FLAT, draft=CostCurve(((1, 2.0),))).choose(1) == 1
+    assert measured(FLAT, draft=CostCurve(((1, 0.5),))).choose(1) == 64
+
+
+def test_a_larger_tree_must_win_clearly():
+    # 1 % more tokens for the same time: stay small. 10 %: go.
+    assert measured(FLAT, expected={1: 1.0, 4: 1.5, 8: 1.515}).choose(1) == 4
+    assert measured(FLAT, expected={1: 1.0, 4: 1.5, 8: 1.65}).choose(1) == 8
+
+
+def test_small_gains_add_up():
+    assert measured(FLAT, expected={1: 1.0, 4: 1.02, 8: 1.04}).choose(1) == 8
+
+
+def test_the_row_budget_holds():
+    assert measured(FLAT, max_step_rows=64).choose(8) == 8
+    assert measured(FLAT, max_step_rows=64).choose(8, num_plain_lanes=1) == 4
+
+
+def test_live_acceptance_corrects_the_expectation_within_bounds():
+    costs = CostCurve(((1, 1.0), (64, 1.5)))
+    controller = measured(costs)
+    assert controller.correction == 1.0
+    before = controller.choose(1)
+    for _ in range(2000):
+        controller.observe(before, 0)
+    assert controller.correction == MeasuredTreeSize.CORRECTION_RANGE[0]
+    assert controller.choose(1) < before
+    for _ in range(5000):
+        controller.observe(before, 4)
+    assert controller.correction == MeasuredTreeSize.CORRECTION_RANGE[1]
+
+
+def test_results_as_expected_leave_the_correction_alone():
+    controller = measured(FLAT, expected={1: 1.0, 4: 2.0})
+    for _ in range(100):
+        controller.observe(4, 1)
+    assert controller.correction == pytest.approx(1.0)
+
+
+def test_after_plain_steps_speculation_is_tried_again():
+    controller = measured(FLAT, draft=CostCurve(((1, 0.6),)))
+    assert controller.choose(1) > 1
+    for _ in range(2000):
+        controller.observe(64, 0)
+    sizes = [controller.choose(1) for _ in range(3000)]
+    assert sizes[0] == 1
+    assert sizes[-1] > 1
+
+
+def test_without_draft_nodes_there_is_nothing_to_choose():
+    controller = measured(FLAT, expected={1: 1.0})
+    assert controller.choose(3) == 1
+    assert controller.correction == 1.0
+
+
+def test_the_scheduler_reports_acceptance_to_its_controller():
+    controller = measured(FLAT, expected={1: 1.0, 4: 1.9, 8: 2.5}, max_step_rows=64)
+    harness = Harness(controller=controller)
+    request_id = harness.add(range(5), max_tokens=40)
+    harness.run()
+    harness.assert_all_as_expected()
+    drafted = [delta for delta in harness.deltas[request_id, 0] if delta.num_draft_nodes]
+    assert {delta.num_draft_nodes for delta in drafted} == {7}
+    replay = measured(FLAT, expected={1: 1.0, 4: 1.9, 8: 2.5}, max_step_rows=64)
+    for delta in drafted[:-1]:
+        replay.observe(8, delta.num_accepted)
+    assert controller.correction == replay.correction != 1.0
