@@ -123,7 +123,8 @@ class InProcessClient:
 
 
 def _run_engine(build: Callable[[], EngineCore], transport: _ThreadTransport, outcome: Future[Ready]) -> None:
-    outcome.set_running_or_notify_cancel()  # from here on a cancelled start() cannot cancel the future under us
+    if not outcome.set_running_or_notify_cancel():
+        return  # start() was cancelled already; from here on it cannot cancel the future under us
     try:
         core = build()
     except BaseException as error:  # noqa: BLE001 - carried to start(), which raises it

@@ -88,13 +88,17 @@ class WorkerProcess:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
+            # Not wait_for: Python 3.11's loses a cancellation that coincides with the end of what it waits for.
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._process.wait(), _STOP_TIMEOUT_S)
+                async with asyncio.timeout(_STOP_TIMEOUT_S):
+                    await self._process.wait()
         finally:
             if self._process.returncode is None:
                 self._process.kill()
             shutil.rmtree(self._spec.folder, ignore_errors=True)
         await self._process.wait()
+        with contextlib.suppress(ConnectionError):  # the pipe may break before it closes
+            await self._process.stdin.wait_closed()
 
 
 class Supervisor:
@@ -132,8 +136,7 @@ class Supervisor:
         """Stop supervising, then stop the worker."""
         if self._task is not None:
             self._task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._task
+            await asyncio.wait([self._task])
             self._task = None
 
     async def _launch(self) -> WorkerProcess:
