@@ -8,6 +8,8 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -15,9 +17,10 @@ from starlette.responses import Response
 from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
-from server.errors import error_response, http_error_response
+from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
 from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
-from server.respond import CLIENT_CLOSED_REQUEST
+from server.protocol.chat import ChatBody
+from server.protocol.completions import CompletionBody
 from server.routes import chat, completions, health, metrics, models
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
@@ -39,6 +42,7 @@ def create_app(
     for module in (completions, chat, models, health, metrics):
         app.include_router(module.router)
     _add_error_handlers(app)
+    _add_body_schemas(app)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     if settings.api_key:
@@ -63,6 +67,19 @@ def _lifespan(serving: Serving, on_load_end: LoadCallback | None) -> Callable[[F
             await serving.close()
 
     return lifespan
+
+
+def _add_body_schemas(app: FastAPI) -> None:
+    """Routes parse bodies themselves, so /docs learns their schemas here. FastAPI caches the document that this changes."""
+    bodies: dict[str, type[BaseModel]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+    references, document = models_json_schema(
+        [(body, "validation") for body in bodies.values()], ref_template="#/components/schemas/{model}"
+    )
+    openapi = app.openapi()
+    openapi.setdefault("components", {}).setdefault("schemas", {}).update(document["$defs"])
+    for path, body in bodies.items():
+        content = {"application/json": {"schema": references[body, "validation"]}}
+        openapi["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

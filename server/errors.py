@@ -49,6 +49,10 @@ class InvalidAPIKeyError(RequestError):
     code = "invalid_api_key"
 
 
+# The client has gone; nobody reads the answer, but logs and metrics show the status.
+CLIENT_CLOSED_REQUEST = 499
+
+
 @dataclass(frozen=True, slots=True)
 class Answer:
     """How a class of errors is answered. `retry_after_s`: seconds after which a client may try again."""

@@ -15,7 +15,14 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
-from server.errors import InvalidAPIKeyError, RequestTooLargeError, error_response, internal_error_body, json_response
+from server.errors import (
+    CLIENT_CLOSED_REQUEST,
+    InvalidAPIKeyError,
+    RequestTooLargeError,
+    error_response,
+    internal_error_body,
+    json_response,
+)
 from server.serving import Serving
 
 logger = logging.getLogger(__name__)
@@ -24,6 +31,8 @@ access_logger = logging.getLogger("server.access")
 ARRIVAL = "medusa.arrival_s"
 # Accepted from clients; anything else is replaced, so that ids are safe in headers and logs.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+# Asked every few seconds by machines; logged at debug level so that the log shows people's requests.
+_POLLED_ROUTES = frozenset({"/health", "/ready", "/metrics"})
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # A client that is still sending cannot read an answer, so a body that is refused is read to its end; up to this many bytes.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
@@ -70,14 +79,16 @@ class ObservabilityMiddleware:
             await json_response(internal_error_body(), status=500)(scope, receive, send_with_headers)
         finally:
             self._serving.num_active -= 1
-            self._observe(scope, request_id, status, time.monotonic() - start)
+            # Nothing was sent: the client, or the server's patience at the end of a drain, has gone.
+            self._observe(scope, request_id, status or CLIENT_CLOSED_REQUEST, time.monotonic() - start)
 
     def _observe(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
         # Unknown paths and methods share a label: clients must not be able to create time series.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
         self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s)
-        access_logger.info("%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, request_id)
+        level = logging.DEBUG if route in _POLLED_ROUTES else logging.INFO
+        access_logger.log(level, "%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, request_id)
 
 
 def _request_id(scope: Scope) -> str:

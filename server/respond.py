@@ -15,7 +15,7 @@ from starlette.responses import Response
 from medusa_core.errors import EngineError
 from server.body import read_body
 from server.convert import Job, chat_job, completion_job, new_output
-from server.errors import json_response
+from server.errors import CLIENT_CLOSED_REQUEST, json_response
 from server.generation import ChoiceUpdate, Generation
 from server.middleware import arrival_s
 from server.protocol.chat import ChatBody
@@ -27,9 +27,6 @@ from server.streaming.sse import TokenStream, frames
 
 T = TypeVar("T")
 B = TypeVar("B", bound=GenerationBody)
-
-# The client has gone; nobody reads the answer, but logs and metrics show the status.
-CLIENT_CLOSED_REQUEST = 499
 
 
 class ClientGoneError(Exception):
