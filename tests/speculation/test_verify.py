@@ -98,7 +98,7 @@ def test_pairs_of_tokens_have_the_models_distribution():
     context, params, num = (0, 5), SamplingParams(), 20_000
     draft = [list(range(VOCAB))] * 3
     walk = verify_once(context, TREES[2], draft, params, list(range(num)), 3)
-    pairs = {pair: 0 for pair in itertools.product(range(VOCAB), repeat=2)}
+    pairs = dict.fromkeys(itertools.product(range(VOCAB), repeat=2), 0)
     for lane in range(num):
         tokens = walk.token_ids_BL[lane].tolist()
         second = tokens[1] if tokens[1] >= 0 else plain_decode((*context, tokens[0]), params, lane, 4, 1)[0]

@@ -1,0 +1,170 @@
+"""Puts an engine together from its options: model, heads, cache, runner, scheduler."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from medusa_core.attention.torch_backend import TorchAttention
+from medusa_core.cache.manager import CacheManager
+from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
+from medusa_core.engine.core import EngineCore
+from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology
+from medusa_core.model import demo, hub
+from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
+from medusa_core.model.calibration import find_calibration, load_calibration
+from medusa_core.model.checkpoint import has_heads, load_heads
+from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.model.probe import probe_heads, probe_token_ids
+from medusa_core.outputs import EngineInfo
+from medusa_core.runtime.kv_store import KVStore, slot_bytes
+from medusa_core.runtime.lanes import LaneState
+from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
+from medusa_core.runtime.profile import measure_draft_costs, measure_row_costs
+from medusa_core.runtime.runner import DeviceModel, ModelRunner
+from medusa_core.runtime.self_check import check_attention
+from medusa_core.scheduler.costs import CostCurve, StepCosts
+from medusa_core.scheduler.scheduler import Scheduler
+from medusa_core.tree.topology import TreeTopology
+
+logger = logging.getLogger(__name__)
+
+_LARGE_ROW_COUNTS = (128, 256, 512, 1024)
+
+
+@dataclass(frozen=True, slots=True)
+class CalibratedHeads:
+    """Heads and, if they were measured, their accuracies by head and rank."""
+
+    heads: MedusaHeads
+    calibration: RankAccuracy | None = None
+
+
+def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
+    """Load everything `config` names and wire it up. Raises ConfigError or ModelError."""
+    loaded = load_model(config.model, progress=progress)
+    heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
+    return assemble_engine(config, loaded, heads, progress=progress)
+
+
+def assemble_engine(
+    config: EngineConfig, loaded: LoadedModel, heads: CalibratedHeads | None, *, progress: bool = False
+) -> EngineCore:
+    """The engine over a model that is in memory already. Raises ConfigError, or UnsupportedModelError if the self-check fails."""
+    install_attention(loaded.model)
+    attention = TorchAttention()
+    layer_shapes = probe_layer_shapes(loaded.model)
+    check_attention(loaded.model, loaded.project, layer_shapes, attention, loaded.max_model_len)
+
+    num_heads = heads.heads.num_heads if heads else 0
+    calibration = heads.calibration if heads else None
+    topology, tree_name = choose_topology(config.speculation, num_heads, calibration)
+    # the last tree of a request can reach beyond the last token it may emit
+    max_blocks = -(-(loaded.max_model_len + topology.num_nodes) // config.cache.block_size)
+    num_lanes = config.scheduler.max_num_seqs
+    num_blocks = choose_num_blocks(
+        config.cache,
+        free_bytes=free_memory_bytes(loaded.device),
+        slot_bytes=slot_bytes(layer_shapes, loaded.dtype),
+        max_blocks_per_lane=max_blocks,
+        num_lanes=num_lanes,
+        device_type=loaded.device.type,
+    )
+    kv_store = KVStore(layer_shapes, num_blocks, config.cache.block_size, loaded.dtype, loaded.device)
+    lanes = LaneState(num_lanes, loaded.max_model_len, max_blocks, loaded.hidden_size, loaded.dtype, loaded.device)
+    model = _device_model(loaded, heads)
+    runner = ModelRunner(model=model, topology=topology, kv_store=kv_store, lanes=lanes, attention=attention)
+    controller = choose_controller(
+        config.speculation,
+        topology,
+        calibration,
+        max_step_rows=config.scheduler.max_step_rows,
+        measure_costs=partial(_measure_costs, model, kv_store, attention, lanes, topology, config, progress),
+    )
+    cache = CacheManager(
+        num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
+    )
+    scheduler = Scheduler(config.scheduler, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
+    info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks)
+    return EngineCore(scheduler, runner, info, max_steps_in_flight=config.scheduler.max_steps_in_flight)
+
+
+def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> CalibratedHeads | None:
+    """The heads `config` asks for, probed on a short text; None, with a warning, where there are none."""
+    source = _heads_source(config, loaded, progress=progress)
+    if source is None:
+        if config.heads != "none":
+            logger.warning("No Medusa heads found for %s: serving without speculation. Name some with --heads.", loaded.name)
+        return None
+    heads = load_heads(source, loaded)
+    calibration_path = find_calibration(source)
+    calibration = load_calibration(calibration_path).rank_accuracy if calibration_path else None
+    probe_heads(heads, loaded, probe_token_ids(loaded))
+    return CalibratedHeads(heads, calibration)
+
+
+def _heads_source(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> Path | None:
+    if config.heads == "none":
+        return None
+    if config.heads is not None:
+        return hub.resolve(config.heads, revision=config.heads_revision, progress=progress)
+    if config.model is None:
+        return demo.demo_heads_path()
+    return loaded.folder if has_heads(loaded.folder) else None
+
+
+def _device_model(loaded: LoadedModel, heads: CalibratedHeads | None) -> DeviceModel:
+    medusa = heads.heads if heads else None
+    return DeviceModel(
+        forward=partial(forward_hidden, loaded.model),
+        project=loaded.project,
+        draft=None if medusa is None else lambda hidden_BE, num_candidates: medusa.topk(hidden_BE, num_candidates, loaded.project),
+        eos_token_ids=loaded.eos_token_ids,
+        device=loaded.device,
+    )
+
+
+def _measure_costs(
+    model: DeviceModel,
+    kv_store: KVStore,
+    attention: TorchAttention,
+    lanes: LaneState,
+    topology: TreeTopology,
+    config: EngineConfig,
+    progress: bool,
+) -> StepCosts:
+    row_counts = [2, *NODE_BUCKETS, *(_LARGE_ROW_COUNTS if model.device.type == "cuda" else ())]
+    lane_counts = [n for n in (1, 4, 16, 64) if n <= config.scheduler.max_num_seqs]
+    forward = measure_row_costs(model, kv_store, attention, sorted(row_counts), progress=progress)
+    draft = measure_draft_costs(model, lanes.hidden_PE, topology.max_rank + 1, lane_counts)
+    _log_milliseconds("step", forward)
+    _log_milliseconds("draft", draft)
+    return StepCosts(forward=CostCurve.from_points(forward.items()), draft=CostCurve.from_points(draft.items()))
+
+
+def _log_milliseconds(what: str, costs: dict[int, float]) -> None:
+    logger.info("Measured %s cost by rows, ms: %s.", what, ", ".join(f"{rows}: {1e3 * s:.1f}" for rows, s in costs.items()))
+
+
+def _describe(
+    config: EngineConfig, loaded: LoadedModel, topology: TreeTopology, tree_name: str, *, num_heads: int, num_blocks: int
+) -> EngineInfo:
+    return EngineInfo(
+        model_name=loaded.name,
+        tokenizer_path=str(loaded.folder),
+        dtype=str(loaded.dtype).removeprefix("torch."),
+        device=str(loaded.device),
+        max_model_len=loaded.max_model_len,
+        vocab_size=loaded.vocab_size,
+        eos_token_ids=sorted(loaded.eos_token_ids),
+        num_blocks=num_blocks,
+        block_size=config.cache.block_size,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        num_heads=num_heads,
+        max_depth=topology.max_depth,
+        tree=tree_name,
+        tree_size=str(config.speculation.tree_size) if topology.num_nodes > 1 else "1",
+    )
