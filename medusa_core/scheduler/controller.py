@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -103,7 +104,7 @@ class MeasuredTreeSize:
 
     def observe(self, num_nodes: int, num_accepted: int) -> None:
         # A device that offered fewer nodes than planned counts as the size below.
-        size = max(size for size in self.sizes if size <= num_nodes)
+        size = self.sizes[bisect.bisect_right(self.sizes, num_nodes) - 1]
         weight = self.OBSERVATION_WEIGHT
         self._average_accepted += weight * (num_accepted - self._average_accepted)
         self._average_expected += weight * (self._expected_drafts[size] - self._average_expected)

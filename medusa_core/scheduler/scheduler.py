@@ -13,6 +13,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from medusa_core.cache.manager import Allocation, CacheManager
 from medusa_core.config import SchedulerConfig
@@ -26,6 +27,22 @@ from medusa_core.scheduler.controller import TreeSizeController
 from medusa_core.scheduler.in_flight import InFlightStep, InFlightSteps
 from medusa_core.scheduler.lanes import LaneTable
 from medusa_core.scheduler.queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class _DecodeLane:
+    """A request that decodes in the step being planned, and the most tokens it can know when that step runs."""
+
+    request: Request
+    max_known_tokens: int
+    can_draft: bool
+
+    def num_nodes(self, tree_size: int) -> int:
+        return tree_size if self.can_draft else 1
+
+    def num_slots(self, tree_size: int) -> int:
+        """Slots the step may write: the root at the last known token's, its tree behind."""
+        return self.max_known_tokens - 1 + self.num_nodes(tree_size)
 
 
 class Scheduler:
@@ -167,53 +184,49 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        requests = [request for request in self._lanes.decoding() if not self._in_flight.is_surely_finished(request)]
-        num_nodes = self._choose_tree_size(requests)
-        while not self._fits(requests, num_nodes):
+        lanes = [
+            _DecodeLane(request, self._in_flight.max_known_tokens(request), self._can_draft(request))
+            for request in self._lanes.decoding()
+            if not self._in_flight.is_surely_finished(request)
+        ]
+        num_nodes = self._choose_tree_size(lanes)
+        while not self._fits(lanes, num_nodes):
             if num_nodes > 1:
                 num_nodes = max(size for size in self._controller.sizes if size < num_nodes)
             else:
                 victim = self._lanes.worst()
                 self._preempt(victim)
-                requests = [request for request in requests if request is not victim]
-        if not requests:
-            return [], []
-        self._tree_size = num_nodes
-        lanes_by_size: dict[int, list[int]] = {}
+                lanes = [lane for lane in lanes if lane.request is not victim]
+        if lanes:
+            self._tree_size = num_nodes
+        lane_ids_by_size: dict[int, list[int]] = {}
         block_appends = []
-        for request in requests:
-            size = num_nodes if self._drafts(request) else 1
-            block_ids = self._cache.extend(request, self._num_slots(request, size))
-            assert request.lane is not None
+        for lane in lanes:
+            lane_id, size = lane.request.lane, lane.num_nodes(num_nodes)
+            assert lane_id is not None
+            block_ids = self._cache.extend(lane.request, lane.num_slots(num_nodes))
             if block_ids:
-                block_appends.append(BlockAppend(lane=request.lane, block_ids=block_ids))
-            lanes_by_size.setdefault(size, []).append(request.lane)
-            step.add_decode(request, min(self._max_depth, size - 1) + 1)
-        return [DecodeGroup(lanes=lanes, num_nodes=size) for size, lanes in lanes_by_size.items()], block_appends
+                block_appends.append(BlockAppend(lane=lane_id, block_ids=block_ids))
+            lane_ids_by_size.setdefault(size, []).append(lane_id)
+            step.add_decode(lane.request, min(self._max_depth, size - 1) + 1)
+        return [DecodeGroup(lanes=lane_ids, num_nodes=size) for size, lane_ids in lane_ids_by_size.items()], block_appends
 
-    def _choose_tree_size(self, requests: list[Request]) -> int:
-        num_drafting = sum(self._drafts(request) for request in requests)
+    def _choose_tree_size(self, lanes: list[_DecodeLane]) -> int:
+        num_drafting = sum(lane.can_draft for lane in lanes)
         if num_drafting == 0:
             return 1
         num_missing = sum(self._lanes.prefill_target(r) - r.num_computed_tokens for r in self._lanes.prefilling())
         return self._controller.choose(
             num_drafting,
-            num_plain_lanes=len(requests) - num_drafting,
+            num_plain_lanes=len(lanes) - num_drafting,
             num_prefill_rows=min(num_missing, self._config.max_step_tokens),
         )
 
-    def _drafts(self, request: Request) -> bool:
+    def _can_draft(self, request: Request) -> bool:
         return self._max_depth > 0 and request.params.is_speculation_enabled
 
-    def _num_slots(self, request: Request, num_nodes: int) -> int:
-        """Slots a decode step may write: the root at the last known token's, its tree behind."""
-        return self._in_flight.max_known_tokens(request) - 1 + num_nodes
-
-    def _fits(self, requests: list[Request], num_nodes: int) -> bool:
-        num_missing = sum(
-            self._cache.num_blocks_missing(request, self._num_slots(request, num_nodes if self._drafts(request) else 1))
-            for request in requests
-        )
+    def _fits(self, lanes: list[_DecodeLane], num_nodes: int) -> bool:
+        num_missing = sum(self._cache.num_blocks_missing(lane.request, lane.num_slots(num_nodes)) for lane in lanes)
         return num_missing <= self._cache.num_free_blocks
 
     def _preempt(self, request: Request) -> None:
