@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig
+from transformers import AddedToken, AutoConfig, GenerationConfig, PreTrainedTokenizerFast
 
 from medusa_core.errors import ModelLoadError
 from medusa_core.model.gguf_families import ROPE_TENSORS, Family, GgufMetadata, build_config, family_of
@@ -30,7 +30,9 @@ from medusa_core.model.gguf_families import ROPE_TENSORS, Family, GgufMetadata, 
 # Part of the cache key: raise it when a conversion's result changes.
 _FORMAT = 1
 _SOURCE_FILE = "medusa_source.json"
-_CONTROL_TOKEN = 3  # llama.cpp's token type for special tokens
+# llama.cpp's token types: special tokens, and others that are always matched whole.
+_CONTROL_TOKEN, _USER_DEFINED_TOKEN = 3, 4
+_TOKEN_ROLES = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding", "unk_token": "unknown"}
 # Ends of turns, which files often leave out of their metadata; llama.cpp recognises them by text as well.
 _END_OF_TURN_TOKENS = frozenset({"<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>", "<|end|>"})
 _CORRUPT_ERRORS = (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError)
@@ -84,7 +86,7 @@ def convert_gguf(path: Path, out_dir: Path, dtype: torch.dtype, *, progress: boo
         with _corruption_reported(path):
             state = _state_dict(reader, family, metadata, dtype, progress)
             config = AutoConfig.for_model(**build_config(metadata, vocab_size=state["model.embed_tokens.weight"].shape[0]))
-            _save_tokenizer(path, folder)
+        _save_tokenizer(path, metadata, folder)
         config.save_pretrained(folder)
         eos_ids = _eos_token_ids(metadata)
         GenerationConfig(eos_token_id=eos_ids or None, bos_token_id=config.bos_token_id).save_pretrained(folder)
@@ -141,8 +143,25 @@ def _state_dict(
     return state
 
 
-def _save_tokenizer(path: Path, folder: Path) -> None:
-    tokenizer: Any = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+def _save_tokenizer(path: Path, metadata: GgufMetadata, folder: Path) -> None:
+    """Convert the tokenizer with transformers' reader, then restate what its versions disagree on: added tokens and their roles."""
+    try:
+        # The generic class: the automatic choice of one wants a config, and knows fewer architectures.
+        tokenizer: Any = PreTrainedTokenizerFast.from_pretrained(str(path.parent), gguf_file=path.name)
+    except (*_CORRUPT_ERRORS, ImportError) as error:
+        raise ModelLoadError(f"The tokenizer in {path} cannot be converted ({error}).", hint="Upgrade transformers.") from error
+    tokens = metadata.field("tokenizer.ggml.tokens", [])
+    vocabulary = tokenizer.get_vocab()
+    tokenizer.add_tokens(
+        [
+            AddedToken(text, normalized=False, special=kind == _CONTROL_TOKEN)
+            for text, kind in zip(tokens, metadata.field("tokenizer.ggml.token_type", []), strict=False)
+            if kind in (_CONTROL_TOKEN, _USER_DEFINED_TOKEN) and text in vocabulary
+        ]
+    )
+    for role, key in _TOKEN_ROLES.items():
+        token_id = metadata.field(f"tokenizer.ggml.{key}_token_id")
+        setattr(tokenizer, role, None if token_id is None else tokens[token_id])
     tokenizer.save_pretrained(folder)
 
 
