@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -25,11 +26,19 @@ from server.routes import chat, completions, health, metrics, models
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
 
+logger = logging.getLogger(__name__)
+
 LoadCallback = Callable[["asyncio.Task[None]"], None]
 
 
+def log_load_failure(task: asyncio.Task[None]) -> None:
+    """The default end of a load: a failure is logged, and /health stays red."""
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("The model could not be loaded: %s", error, exc_info=error)
+
+
 def create_app(
-    client: EngineClient, load_text: TextLoader, settings: ServerSettings, *, on_load_end: LoadCallback | None = None
+    client: EngineClient, load_text: TextLoader, settings: ServerSettings, *, on_load_end: LoadCallback = log_load_failure
 ) -> FastAPI:
     """An app that owns `client`: its lifespan starts the engine in the background and closes it.
 
@@ -53,12 +62,11 @@ def create_app(
     return app
 
 
-def _lifespan(serving: Serving, on_load_end: LoadCallback | None) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+def _lifespan(serving: Serving, on_load_end: LoadCallback) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         loading = asyncio.create_task(serving.load())
-        if on_load_end is not None:
-            loading.add_done_callback(on_load_end)
+        loading.add_done_callback(on_load_end)
         try:
             yield
         finally:

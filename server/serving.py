@@ -52,6 +52,8 @@ class Serving:
     settings: ServerSettings
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     model: ServedModel | None = None
+    # until the first load has ended, well or not
+    is_loading: bool = True
     is_draining: bool = False
     # HTTP requests being answered now; the drain waits for 0
     num_active: int = 0
@@ -62,9 +64,12 @@ class Serving:
         self.text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
 
     async def load(self) -> None:
-        """Start the engine and load its tokenizer. Raises what `EngineClient.start` raises."""
-        info = await self.client.start()
-        text = await asyncio.get_running_loop().run_in_executor(self.text_thread, self.load_text, info)
+        """Start the engine and load its tokenizer. Raises what `EngineClient.start` and the text loader raise."""
+        try:
+            info = await self.client.start()
+            text = await asyncio.get_running_loop().run_in_executor(self.text_thread, self.load_text, info)
+        finally:
+            self.is_loading = False
         names = tuple(self.settings.served_model_name) or (info.model_name,)
         metrics = EngineMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
         self.model = ServedModel(info, text, metrics, names, created=int(time.time()))
@@ -76,8 +81,8 @@ class Serving:
 
     @property
     def is_healthy(self) -> bool:
-        """False once a loaded worker is dead; a first load in progress is healthy."""
-        return self.model is None or self.client.is_ready
+        """False once the worker is dead or the first load has failed; a first load in progress is healthy."""
+        return self.is_loading or (self.model is not None and self.client.is_ready)
 
     @property
     def is_ready(self) -> bool:

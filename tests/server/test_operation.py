@@ -70,6 +70,14 @@ async def test_the_lifespan_closes_the_client_and_reports_how_loading_ended():
     assert client.is_closed
 
 
+async def test_a_failed_load_turns_health_red_and_is_logged(make_http, caplog):
+    http = await make_http(FakeClient(load_error=ModelLoadError("No such file.")))
+    while "No such file." not in caplog.text:
+        await asyncio.sleep(0)
+    assert (await http.get("/health")).status_code == 503
+    assert (await http.get("/ready")).status_code == 503
+
+
 async def test_models(make_http):
     http = await make_http(served_model_name=("org/a", "b"))
     cards = (await http.get("/v1/models")).json()
