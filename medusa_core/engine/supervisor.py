@@ -97,8 +97,6 @@ class WorkerProcess:
                 self._process.kill()
             shutil.rmtree(self._spec.folder, ignore_errors=True)
         await self._process.wait()
-        with contextlib.suppress(ConnectionError):  # the pipe may break before it closes
-            await self._process.stdin.wait_closed()
 
 
 class Supervisor:
@@ -123,14 +121,15 @@ class Supervisor:
         self._on_up = on_up
         self._on_down = on_down
         self._restart_delays_s = restart_delays_s
+        self._worker: WorkerProcess | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Start the first worker. It is not retried: what is wrong with the options now will still be wrong later."""
         if self._task is not None:
             raise EngineError("The engine has been started already.", hint="Close it first.")
-        worker = await self._launch()
-        self._task = asyncio.create_task(self._keep_alive(worker), name="medusa-supervisor")
+        self._worker = await self._launch()
+        self._task = asyncio.create_task(self._keep_alive(self._worker), name="medusa-supervisor")
 
     async def close(self) -> None:
         """Stop supervising, then stop the worker."""
@@ -138,6 +137,9 @@ class Supervisor:
             self._task.cancel()
             await asyncio.wait([self._task])
             self._task = None
+        if self._worker is not None:
+            await self._worker.stop()
+            self._worker = None
 
     async def _launch(self) -> WorkerProcess:
         worker = await WorkerProcess.spawn(self._config, build=self._build, log_level=self._log_level)
@@ -151,18 +153,16 @@ class Supervisor:
 
     async def _keep_alive(self, worker: WorkerProcess) -> None:
         num_failures = 0
-        try:
-            while True:
-                started_s = time.monotonic()
-                exit_code = await worker.wait()
-                self._on_down(exit_code)
-                await worker.stop()
-                if time.monotonic() - started_s > _HEALTHY_AFTER_S:
-                    num_failures = 0
-                logger.error("the engine process died (%s); restarting it", describe_exit(exit_code))
-                worker, num_failures = await self._relaunch(num_failures)
-        finally:
+        while True:
+            started_s = time.monotonic()
+            exit_code = await worker.wait()
+            self._on_down(exit_code)
             await worker.stop()
+            if time.monotonic() - started_s > _HEALTHY_AFTER_S:
+                num_failures = 0
+            logger.error("the engine process died (%s); restarting it", describe_exit(exit_code))
+            worker, num_failures = await self._relaunch(num_failures)
+            self._worker = worker
 
     async def _relaunch(self, num_failures: int) -> tuple[WorkerProcess, int]:
         """Try until a worker is ready. Returns it and the number of failures so far, this death included."""

@@ -88,6 +88,14 @@ async def test_close_ends_the_process_even_amid_a_long_step():
         await reader
 
 
+async def test_close_right_after_start_ends_the_process():
+    client = make_worker_client(make_config())
+    await client.start()
+    pid = client.worker_pid
+    await client.close()
+    assert not is_alive(pid)
+
+
 async def test_close_while_restarting_leaves_no_process():
     client = WorkerClient(make_config(), build=FAKE_BUILD, restart_delays_s=(60.0,))
     await client.start()
