@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,8 @@ METADATA: dict[str, dict[str, Any]] = {
 }
 # Its reader knows no GGUF of the first Gemma.
 READ_BY_TRANSFORMERS = [name for name in FAMILIES if name != "gemma"]
+# Earlier versions of transformers read no tokenizer of the first Gemma, and Phi-3's with a fault in its spaces.
+HAS_FULL_TOKENIZER_READER = find_spec("transformers.integrations.gguf") is not None
 F32, Q8_0 = gguf_package.GGMLQuantizationType.F32, gguf_package.GGMLQuantizationType.Q8_0
 
 
@@ -44,6 +47,8 @@ def _logits(model: PreTrainedModel) -> Tensor:
 
 
 def _original(make_model, family: str, **overrides: Any) -> PreTrainedModel:
+    if family == "gemma" and not HAS_FULL_TOKENIZER_READER:
+        pytest.skip("this version of transformers reads no tokenizer of the first Gemma")
     if family == "gemma3_text":
         rope = {"rope_type": "default", "rope_theta": 10_000.0}
         overrides["rope_parameters"] = {"full_attention": rope, "sliding_attention": rope}
@@ -129,7 +134,8 @@ def test_tokenizer_template_and_ends_of_turns_come_along(make_model, tokenizer, 
     converted = AutoTokenizer.from_pretrained(loaded.folder)
     ids = converted("hello, hell<|im_end|>", add_special_tokens=False)["input_ids"]
     assert ids[-1] == 3
-    assert converted.decode(ids).strip() == "hello, hell<|im_end|>"
+    if family != "phi3" or HAS_FULL_TOKENIZER_READER:
+        assert converted.decode(ids).strip() == "hello, hell<|im_end|>"
     assert (converted.bos_token_id, converted.eos_token_id, converted.pad_token_id) == (1, 2, 0)
     if family in ("llama", "qwen2", "qwen3"):
         assert ids == tokenizer("hello, hell<|im_end|>")["input_ids"]

@@ -1,0 +1,104 @@
+"""The load-time probe tells heads that fit from heads that do not; calibration files are read and checked."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from medusa_core.errors import ModelLoadError
+from medusa_core.model.calibration import find_calibration, load_calibration
+from medusa_core.model.demo import demo_heads_path
+from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.probe import probe_heads, probe_token_ids
+
+NUM_TOKENS, K, E = 60, 2, 32
+
+
+@pytest.fixture
+def constant(model_folder, load):
+    """A model that says one token whatever it reads, and a text in which it has said so."""
+    loaded = load(model_folder("phi"))
+    with torch.no_grad():
+        for parameter in loaded.project.linear.parameters():
+            parameter.zero_()
+        loaded.project.linear.bias[7] = 1.0
+    return loaded, [7] * NUM_TOKENS
+
+
+def _heads() -> MedusaHeads:
+    return MedusaHeads(torch.zeros(1, K, E, E), torch.zeros(1, K, E))
+
+
+def test_heads_that_repeat_a_repetitive_model_are_right(constant, caplog) -> None:
+    loaded, token_ids = constant
+    with caplog.at_level(logging.WARNING):
+        result = probe_heads(_heads(), loaded, token_ids)
+    assert result.top1 == result.top10 == (1.0, 1.0)
+    assert result.num_positions == (NUM_TOKENS - 1, NUM_TOKENS - 2)
+    assert caplog.text == ""
+
+
+def test_heads_that_never_guess_right_are_announced(constant, caplog) -> None:
+    loaded, token_ids = constant
+    heads = MedusaHeads(
+        torch.zeros(1, K, E, E), torch.zeros(1, K, E), draft_projection=loaded.project.restricted_to(torch.arange(20, 40)),
+        token_map_V=torch.arange(20, 40),
+    )  # fmt: skip
+    with caplog.at_level(logging.WARNING):
+        result = probe_heads(heads, loaded, token_ids)
+    assert result.top1 == (0.0, 0.0)
+    assert "hardly fit" in caplog.text
+
+
+def test_positions_where_the_text_leaves_the_models_path_do_not_count(constant) -> None:
+    loaded, token_ids = constant
+    token_ids[30] = 8
+    # One position leads to the odd token directly, and for head 2 one more leads over it.
+    assert probe_heads(_heads(), loaded, token_ids).num_positions == (NUM_TOKENS - 2, NUM_TOKENS - 4)
+
+
+def test_the_passage_comes_in_the_models_tokens_and_fits_it(model_folder, load, tokenizer) -> None:
+    folder = model_folder()
+    tokenizer.save_pretrained(folder)
+    assert len(probe_token_ids(load(folder, max_model_len=50))) == 50
+
+
+def test_the_bundled_calibration_belongs_to_the_bundled_heads() -> None:
+    path = find_calibration(demo_heads_path())
+    assert path is not None
+    calibration = load_calibration(path)
+    assert [len(head) for head in calibration.rank_accuracy] == [10, 10, 10, 10]
+    top1 = [head[0] for head in calibration.rank_accuracy]
+    assert top1 == sorted(top1, reverse=True)
+
+
+def _calibration(**changes: object) -> str:
+    return json.dumps({"format": 1, "rank_accuracy": [[0.5, 0.2], [0.3, 0.1]], "num_tokens": 10, "source": "x"} | changes)
+
+
+def test_calibrations_are_found_beside_a_file_and_in_a_folder(tmp_path: Path) -> None:
+    heads = tmp_path / "heads.safetensors"
+    heads.touch()
+    assert find_calibration(heads) is None
+    (tmp_path / "medusa_calibration.json").write_text(_calibration())
+    assert find_calibration(tmp_path) == find_calibration(heads) == tmp_path / "medusa_calibration.json"
+    (tmp_path / "heads.calibration.json").write_text(_calibration())
+    assert find_calibration(heads) == tmp_path / "heads.calibration.json"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{", "[]", "{}", _calibration(format=2), _calibration(rank_accuracy=[]), _calibration(rank_accuracy=[[]]),
+        _calibration(rank_accuracy=[[1.5]]), _calibration(rank_accuracy=[[0.9, 0.9]]), _calibration(rank_accuracy=[["x"]]),
+    ],
+)  # fmt: skip
+def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:
+    path = tmp_path / "a.calibration.json"
+    path.write_text(content)
+    with pytest.raises(ModelLoadError, match="calibration"):
+        load_calibration(path)
