@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.integrations.gguf import gguf_tokenizer_mapping
 
 from medusa_core.config import ModelConfig
 from medusa_core.errors import ModelLoadError, UnsupportedModelError
@@ -36,7 +36,7 @@ METADATA: dict[str, dict[str, Any]] = {
 # Its reader knows no GGUF of the first Gemma.
 READ_BY_TRANSFORMERS = [name for name in FAMILIES if name != "gemma"]
 # Earlier versions of transformers read no tokenizer of the first Gemma, and Phi-3's with a fault in its spaces.
-HAS_FULL_TOKENIZER_READER = find_spec("transformers.integrations.gguf") is not None
+HAS_FULL_TOKENIZER_READER = hasattr(gguf_tokenizer_mapping, "convert_gguf_tokenizer")
 F32, Q8_0 = gguf_package.GGMLQuantizationType.F32, gguf_package.GGMLQuantizationType.Q8_0
 
 
