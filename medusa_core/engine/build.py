@@ -18,6 +18,7 @@ from medusa_core.model.calibration import find_calibration, load_calibration
 from medusa_core.model.checkpoint import has_heads, load_heads
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
 from medusa_core.outputs import EngineInfo
 from medusa_core.runtime.kv_store import KVStore, slot_bytes
@@ -47,6 +48,9 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
     """Load everything `config` names and wire it up. Raises ConfigError or ModelError."""
     loaded = load_model(config.model, progress=progress)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
+    if can_pack(loaded.device, loaded.dtype):
+        # After the heads, which may have copied rows of lm_head; before the self-check, which then covers the packed layers.
+        pack_linears([loaded.model, loaded.project, *([heads.heads] if heads else [])])
     return assemble_engine(config, loaded, heads, progress=progress)
 
 

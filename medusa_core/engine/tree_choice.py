@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 from medusa_core.config import SpeculationConfig
@@ -39,7 +40,9 @@ def choose_topology(config: SpeculationConfig, num_heads: int, calibration: Rank
         topology = TreeTopology.from_choices(load_tree(config.tree).choices, num_heads=num_heads)
         return topology, config.tree
     if calibration is not None:
-        return best_tree(calibration[:num_heads], MAX_NODES), "calibrated"
+        # Measured shares of neighbouring ranks can swap places by chance, and the search needs them in order.
+        smoothed = [tuple(itertools.accumulate(accuracy, min)) for accuracy in calibration[:num_heads]]
+        return best_tree(smoothed, MAX_NODES), "calibrated"
     return load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET
 
 

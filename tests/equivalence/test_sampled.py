@@ -1,4 +1,4 @@
-"""Sampled output does not depend on speculation, the tree, the batch, chunking, the prefix cache or preemption: same seed, same tokens."""
+"""Sampled output does not depend on speculation, tree, batch, chunking, prefix cache or preemption: same seed, same tokens."""
 
 import dataclasses
 
