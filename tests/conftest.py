@@ -1,6 +1,16 @@
-"""Shared fixtures. Tests marked `cuda` are skipped where there is no CUDA device."""
+"""Shared options. Tests marked `cuda` are skipped where there is no CUDA device."""
 
 import pytest
+
+from tests import options
+
+
+def pytest_addoption(parser):
+    parser.addoption("--device", default="cpu", help="torch device of the engine, sampling and verification suites")
+
+
+def pytest_configure(config):
+    options.device = config.getoption("--device")
 
 
 def pytest_collection_modifyitems(items):

@@ -13,6 +13,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from medusa_core.engine.build import CalibratedHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import build_projection
+from tests import options
 
 VOCAB_SIZE = 97
 EOS_ID = 3
@@ -64,13 +65,14 @@ def tiny_model(architecture: str) -> LoadedModel:
             parameter.normal_()
         elif parameter.dim() > 1:
             parameter.normal_(std=0.3)
+    model.to(options.device)
     return LoadedModel(
         model=model,
         project=build_projection(model),
         folder=Path(),
         name=f"tiny-{architecture}",
         dtype=torch.float32,
-        device=torch.device("cpu"),
+        device=torch.device(options.device),
         max_model_len=MAX_MODEL_LEN,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS_ID,),

@@ -31,7 +31,7 @@ def reference(architecture: str) -> list[list[int]]:
     model.set_attn_implementation("eager")
     outputs = []
     for prompt in make_prompts():
-        ids = torch.tensor([prompt])
+        ids = torch.tensor([prompt], device=model.device)
         generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
         outputs.append(generated[0, len(prompt) :].tolist())
     model.set_attn_implementation(implementation)

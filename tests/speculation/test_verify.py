@@ -13,10 +13,10 @@ from medusa_core.sampling.sampler import draw
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.verify import FINISHED_LENGTH, FINISHED_STOP, NOT_FINISHED, Walk, cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
-from tests.sampling.test_sampler import make_rows
+from tests import options
+from tests.sampling.test_sampler import make_rows, on_device
 
 VOCAB = 6
-CPU = torch.device("cpu")
 TREES = [
     TreeTopology.chain(0),
     TreeTopology.chain(3),
@@ -33,20 +33,20 @@ def toy_logits(context: tuple[int, ...]) -> torch.Tensor:
 
 def verify_once(context, topology, draft, params, keys, index):
     """One verification step from `context` for many noise keys at once. `draft[depth][rank]` are the heads' tokens."""
-    tree = DeviceTree.create(topology, CPU)
+    tree = DeviceTree.create(topology, torch.device(options.device))
     tokens = [context[-1], *(draft[len(choice) - 1][choice[-1]] for choice in topology.choices)]
     paths = [()] + [tuple(draft[d][rank] for d, rank in enumerate(choice)) for choice in topology.choices]
-    logits = torch.stack([toy_logits((*context, *path)) for path in paths])
+    logits = torch.stack([toy_logits((*context, *path)) for path in paths]).to(options.device)
     num = len(keys)
     rows = make_rows([params] * num, keys=keys)
-    return walk_tree(logits.expand(num, -1, -1), torch.tensor([tokens] * num), tree, rows, torch.full((num,), index))
+    return walk_tree(logits.expand(num, -1, -1), on_device([tokens] * num), tree, rows, on_device([index] * num))
 
 
 def plain_decode(context, params, key, index, num_tokens):
     out = []
     for step in range(num_tokens):
         rows = make_rows([params], keys=[key])
-        out.append(int(draw(toy_logits((*context, *out)).unsqueeze(0), rows, torch.tensor([index + step]))))
+        out.append(int(draw(toy_logits((*context, *out)).unsqueeze(0).to(options.device), rows, on_device([index + step]))))
     return out
 
 
@@ -99,8 +99,7 @@ def test_pairs_of_tokens_have_the_models_distribution():
     draft = [list(range(VOCAB))] * 3
     walk = verify_once(context, TREES[2], draft, params, list(range(num)), 3)
     pairs = dict.fromkeys(itertools.product(range(VOCAB), repeat=2), 0)
-    for lane in range(num):
-        tokens = walk.token_ids_BL[lane].tolist()
+    for lane, tokens in enumerate(walk.token_ids_BL.tolist()):
         second = tokens[1] if tokens[1] >= 0 else plain_decode((*context, tokens[0]), params, lane, 4, 1)[0]
         pairs[tokens[0], second] += 1
     expected = pair_probabilities(context)
