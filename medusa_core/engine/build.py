@@ -29,6 +29,7 @@ from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.runtime.self_check import check_attention
 from medusa_core.scheduler.costs import CostCurve, StepCosts
 from medusa_core.scheduler.scheduler import Scheduler
+from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,8 @@ class CalibratedHeads:
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
     """Load everything `config` names and wire it up. Raises ConfigError or ModelError."""
+    if config.speculation.tree != "auto":
+        load_tree(config.speculation.tree)  # a misspelt name is an error at once, not after the weights are loaded
     loaded = load_model(config.model, progress=progress)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
     if can_pack(loaded.device, loaded.dtype):
