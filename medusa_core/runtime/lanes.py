@@ -41,6 +41,7 @@ class LaneState:
             return torch.full((num_lanes,), fill, dtype=torch.float32, device=device)
 
         self.device = device
+        self.max_model_len = max_model_len
         self.host: dict[int, HostLane] = {}
         # one spare column at the end takes writes that must go nowhere
         self.tokens_PL = integers(num_lanes, max_model_len + 1)

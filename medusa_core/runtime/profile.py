@@ -53,7 +53,8 @@ def _run_rows(model: DeviceModel, kv_store: KVStore, attention: AttentionBackend
     segment = Segment(0, zero, tree.depth_N, tree.ancestor_mask_NN, slots)
     context = PagedContext.create(kv_store, [segment], attention)
     tokens = torch.zeros(num_rows, dtype=torch.int64, device=device)
-    logits = model.project(model.forward(tokens, context.position_ids(), context))
+    # All at position 0: there may be more rows than the context has positions.
+    logits = model.project(model.forward(tokens, torch.zeros_like(tokens), context))
     walk_tree(logits.unsqueeze(0), tokens.unsqueeze(0), tree, _greedy_row(device), zero)
 
 

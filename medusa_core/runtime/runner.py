@@ -155,7 +155,9 @@ class ModelRunner:
     def _forward(self, rows: list[_Rows]) -> Tensor:
         context = PagedContext.create(self._kv, [part.segment for part in rows], self._attention)
         token_ids_T = torch.cat([part.tokens_BN.flatten() for part in rows])
-        return self._model.forward(token_ids_T, context.position_ids(), context)
+        # A tree may reach beyond the context, where models with learned positions have none. No token drawn there is ever kept.
+        position_ids_T = context.position_ids().clamp(max=self._lanes.max_model_len - 1)
+        return self._model.forward(token_ids_T, position_ids_T, context)
 
     def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:
         lanes, state = part.lanes, self._lanes

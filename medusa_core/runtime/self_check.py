@@ -49,7 +49,7 @@ def check_attention(
     The model comes and leaves with the paged attention installed. `project` gives its logits from hidden states.
     """
     device = model.device
-    prefix_len = min(_PREFIX_LEN, max_model_len - _TREE.max_depth - 1)
+    prefix_len = max(min(_PREFIX_LEN, max_model_len - _TREE.max_depth - 1), 1)
     ids, expected_prefix, expected_tree = _eager_reference(model, project, prefix_len)
     num_blocks = -(-(prefix_len + _TREE.num_nodes) // _BLOCK_SIZE)
     store = KVStore(layer_shapes, num_blocks, _BLOCK_SIZE, model.dtype, device)

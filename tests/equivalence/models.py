@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medusa_core.engine.build import CalibratedHeads
@@ -59,21 +59,26 @@ def tiny_model(architecture: str) -> LoadedModel:
     """The same weights for the same name. gpt-oss keeps its attention sinks random too, so that ignoring them would show."""
     torch.manual_seed(sorted(ARCHITECTURES).index(architecture))
     config: PretrainedConfig = CONFIG_MAPPING[architecture](**{**_COMMON, **ARCHITECTURES[architecture]})
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").requires_grad_(False)
     for name, parameter in model.named_parameters():
         if name.endswith("sinks"):
             parameter.normal_()
         elif parameter.dim() > 1:
             parameter.normal_(std=0.3)
-    model.to(options.device)
+    return load_in_memory(model)
+
+
+def load_in_memory(model: PreTrainedModel, *, max_model_len: int = MAX_MODEL_LEN) -> LoadedModel:
+    """A float32 model as the loader would return it."""
+    model.eval().requires_grad_(False).to(options.device)
     return LoadedModel(
         model=model,
         project=build_projection(model),
         folder=Path(),
-        name=f"tiny-{architecture}",
+        name=f"tiny-{model.config.model_type}",
         dtype=torch.float32,
         device=torch.device(options.device),
-        max_model_len=MAX_MODEL_LEN,
+        max_model_len=max_model_len,
         vocab_size=VOCAB_SIZE,
         eos_token_ids=(EOS_ID,),
     )

@@ -6,11 +6,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
+from tests import options
 from tests.equivalence.driver import make_engine, run
-from tests.equivalence.models import ARCHITECTURES, EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE, oracle_heads, tiny_model
+from tests.equivalence.models import ARCHITECTURES, EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE, load_in_memory, oracle_heads, tiny_model
 
 NUM_NEW_TOKENS = 24
 # One longer than the windows, one a multiple of the block size, one a single token, two with a prefix in common.
@@ -111,3 +113,28 @@ def test_any_combination_of_options(tree, architecture, block_size, arrive_every
         num_blocks=num_blocks,
         **options,
     )
+
+
+def test_learned_positions_up_to_the_end_of_the_context():
+    """Trees of the last steps reach beyond the context, where such a model has no embedding to look up."""
+    context_len = 32
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=VOCAB_SIZE, n_positions=context_len, n_embd=48, n_layer=2, n_head=4, initializer_range=0.3)
+    loaded = load_in_memory(GPT2LMHeadModel(config), max_model_len=context_len)
+    prompt = [5, 6, 7]
+    ids = torch.tensor([prompt], device=options.device)
+    num_new = context_len - len(prompt)
+    generated = loaded.model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, min_new_tokens=num_new, max_new_tokens=num_new, pad_token_id=0
+    )[0].tolist()
+    core = make_engine(loaded, oracle_heads(loaded, [generated]), tree_size=32)
+    outputs = run(core, [(prompt, SamplingParams(temperature=0.0, ignore_eos=True))])
+    assert outputs[0, 0].token_ids == generated[len(prompt) :]
+    assert outputs[0, 0].num_accepted > 0
+
+
+@pytest.mark.parametrize("max_model_len", [2, 3, 5])
+def test_a_context_shorter_than_the_self_checks_text(max_model_len):
+    loaded = dataclasses.replace(tiny_model("llama"), max_model_len=max_model_len)
+    outputs = run(make_engine(loaded, None, num_blocks=8), [([7], SamplingParams(temperature=0.0, ignore_eos=True))])
+    assert len(outputs[0, 0].token_ids) == max_model_len - 1
