@@ -17,6 +17,8 @@ from medusa_core.sampling.noise import gumbel
 
 # Top-p looks at this many candidates first; only rows whose nucleus is wider are sorted in full.
 _NUCLEUS_CANDIDATES = 512
+# Smaller temperatures would overflow logits to infinity, and infinities are all alike. At this one noise decides exact ties only.
+_MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,7 +62,7 @@ def draw(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:
     if rows.is_all_greedy:
         return logits_RV.argmax(dim=-1)
     is_greedy_R = rows.temperature_R == 0
-    scaled_RV = logits_RV / torch.where(is_greedy_R, 1.0, rows.temperature_R).unsqueeze(1)
+    scaled_RV = logits_RV / torch.where(is_greedy_R, 1.0, rows.temperature_R.clamp(min=_MIN_TEMPERATURE)).unsqueeze(1)
     threshold_R1 = filter_threshold(scaled_RV, rows)
     token_ids_V = torch.arange(logits_RV.shape[1], dtype=torch.int32, device=logits_RV.device)
     noise_RV = gumbel(rows.key_R, index_R, token_ids_V)

@@ -146,3 +146,11 @@ def test_stop_ids_are_banned_until_min_tokens():
     rows = make_rows(params, stop_ids=[[1, 2], [1, 2], [1, 2]])
     assert draw(logits, rows, on_device([0, 1, 2])).tolist() == [3, 3, 1]
     assert logits[0, 1] == 5.0, "the caller's logits are not modified"
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 5e-324])
+def test_a_tiny_temperature_is_greedy(temperature):
+    """Logits over a temperature near 0 would overflow, and the first of several infinities would win."""
+    logits = on_device([[1.0, 40.0, 39.0, -2.0]])
+    params = SamplingParams(temperature=temperature, top_p=0.9, top_k=3, min_p=0.1)
+    assert draw(logits, make_rows([params]), on_device([0])).tolist() == [1]
