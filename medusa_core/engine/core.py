@@ -13,6 +13,9 @@ from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
 from medusa_core.plan import PendingStep, Runner, StepPlan, StepResult
 from medusa_core.request import EngineRequest
 
+# Each token drawn is compared with all stop ids of all lanes, so one long list would slow every request.
+MAX_STOP_TOKEN_IDS = 128
+
 
 class Scheduler(Protocol):
     """The policy side, as the core drives it (scheduler.Scheduler)."""
@@ -96,6 +99,11 @@ def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
         idx = next(idx for idx, token_id in enumerate(prompt) if not 0 <= token_id < vocab_size)
         raise PromptError(
             f"Prompt token {idx} is {prompt[idx]}, outside the vocabulary.", param="prompt", hint=f"Use ids 0..{vocab_size - 1}."
+        )
+    num_stop_ids = len(request.params.stop_token_ids)
+    if num_stop_ids > MAX_STOP_TOKEN_IDS:
+        raise InvalidParameterError(
+            f"stop_token_ids holds {num_stop_ids} ids, at most {MAX_STOP_TOKEN_IDS} are allowed.", param="stop_token_ids"
         )
     for token_id in request.params.stop_token_ids:
         if not 0 <= token_id < vocab_size:

@@ -91,6 +91,13 @@ def test_a_stop_token_id_outside_the_vocabulary_is_refused():
     assert caught.value.param == "stop_token_ids"
 
 
+def test_a_stop_list_that_would_slow_everybody_is_refused():
+    core, _, _ = make_core()
+    with pytest.raises(InvalidParameterError, match="129 ids, at most 128") as caught:
+        core.submit(make_request([1], stop_token_ids=(1,) * 129))
+    assert caught.value.param == "stop_token_ids"
+
+
 def test_steps_and_their_time_are_counted():
     core, _, _ = make_core()
     core.submit(make_request([5], max_tokens=3))
