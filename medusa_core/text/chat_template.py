@@ -13,9 +13,9 @@ from medusa_core.errors import ConfigError, InvalidParameterError
 # Arguments of the renderer itself: template variables by these names would change how it works, or supply another template.
 _RESERVED_VARIABLES = frozenset(
     {
-        "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize", "padding",
-        "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs",
-        "sanitize_control_tokens",
+        "self", "conversation", "messages", "chat_template", "add_generation_prompt", "continue_final_message", "tokenize",
+        "padding", "truncation", "max_length", "return_tensors", "return_dict", "return_assistant_tokens_mask",
+        "tokenizer_kwargs", "sanitize_control_tokens",
     }
 )  # fmt: skip
 

@@ -48,7 +48,7 @@ def _as_stop_list(value: object) -> object:
     if not (isinstance(value, list) and all(isinstance(item, str) and item for item in value)):
         raise invalid("Input should be a non-empty string or a list of non-empty strings")
     if len(value) > MAX_STOP_STRINGS:
-        raise invalid(f"At most {MAX_STOP_STRINGS} stop strings are allowed, got {len(value)}")
+        raise invalid(f"At most {MAX_STOP_STRINGS} stop strings are allowed")
     return value
 
 
