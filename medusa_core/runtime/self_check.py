@@ -93,6 +93,9 @@ def _eager_reference(model: PreTrainedModel, project: Callable[[Tensor], Tensor]
 
     def sample(hidden_E: Tensor) -> int:
         probabilities = project(hidden_E.unsqueeze(0))[0].softmax(dim=-1).cpu()
+        if not bool(probabilities.isfinite().all()):
+            name = type(model).__name__
+            raise UnsupportedModelError(f"{name} computes numbers out of range in {model.dtype}.", hint="Try another --dtype.")
         return int(torch.multinomial(probabilities, 1, generator=generator))
 
     model.set_attn_implementation("eager")
