@@ -5,23 +5,22 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
-from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
+from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig, SpeculationConfig
 from medusa_core.engine.core import EngineCore
 from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology
-from medusa_core.model import demo, hub
+from medusa_core.errors import ConfigError
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
 from medusa_core.model.calibration import find_calibration, load_calibration
-from medusa_core.model.checkpoint import has_heads, load_heads
+from medusa_core.model.checkpoint import find_heads, load_heads
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import LoadedModel, load_model
 from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
 from medusa_core.outputs import EngineInfo
-from medusa_core.runtime.kv_store import KVStore, slot_bytes
+from medusa_core.runtime.kv_store import KVStore, LayerShape, slot_bytes
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
 from medusa_core.runtime.profile import measure_draft_costs, measure_row_costs
@@ -51,6 +50,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
         load_tree(config.speculation.tree)  # a misspelt name is an error at once, not after the weights are loaded
     loaded = load_model(config.model, progress=progress)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
+    if heads is None and config.speculation.enabled:
+        _check_no_tree(config.speculation)
     if can_pack(loaded.device, loaded.dtype):
         # After the heads, which may have copied rows of lm_head; before the self-check, which then covers the packed layers.
         pack_linears([loaded.model, loaded.project, *([heads.heads] if heads else [])])
@@ -69,6 +70,8 @@ def assemble_engine(
     num_heads = heads.heads.num_heads if heads else 0
     calibration = heads.calibration if heads else None
     topology, tree_name = choose_topology(config.speculation, num_heads, calibration)
+    if heads:
+        _check_ranks(topology, heads.heads.draft_vocab_size or loaded.vocab_size)
     # the last tree of a request can reach beyond the last token it may emit
     max_blocks = -(-(loaded.max_model_len + topology.num_nodes) // config.cache.block_size)
     num_lanes = config.scheduler.max_num_seqs
@@ -80,7 +83,7 @@ def assemble_engine(
         num_lanes=num_lanes,
         device_type=loaded.device.type,
     )
-    kv_store = KVStore(layer_shapes, num_blocks, config.cache.block_size, loaded.dtype, loaded.device)
+    kv_store = _allocate_kv_store(layer_shapes, num_blocks, config.cache.block_size, loaded)
     lanes = LaneState(num_lanes, loaded.max_model_len, max_blocks, loaded.hidden_size, loaded.dtype, loaded.device)
     model = _device_model(loaded, heads)
     runner = ModelRunner(model=model, topology=topology, kv_store=kv_store, lanes=lanes, attention=attention)
@@ -101,7 +104,7 @@ def assemble_engine(
 
 def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> CalibratedHeads | None:
     """The heads `config` asks for, probed on a short text; None, with a warning, where there are none."""
-    source = _heads_source(config, loaded, progress=progress)
+    source = find_heads(config, loaded, progress=progress)
     if source is None:
         if config.heads != "none":
             logger.warning("No Medusa heads found for %s: serving without speculation. Name some with --heads.", loaded.name)
@@ -113,14 +116,32 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
     return CalibratedHeads(heads, calibration)
 
 
-def _heads_source(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> Path | None:
-    if config.heads == "none":
-        return None
-    if config.heads is not None:
-        return hub.resolve(config.heads, revision=config.heads_revision, progress=progress)
-    if config.model is None:
-        return demo.demo_heads_path()
-    return loaded.folder if has_heads(loaded.folder) else None
+def _check_no_tree(speculation: SpeculationConfig) -> None:
+    """Raises ConfigError where a tree was asked for but no heads are there to fill it."""
+    name = "tree" if speculation.tree != "auto" else "tree_size" if speculation.tree_size not in ("auto", 1) else None
+    if name is not None:
+        raise ConfigError(f"{name} is set, but there are no Medusa heads to fill a tree.", hint="Name heads, or leave it out.")
+
+
+def _check_ranks(topology: TreeTopology, draft_vocab_size: int) -> None:
+    """Raises ConfigError for a tree that asks a head for more candidates than there are tokens."""
+    if topology.max_rank >= draft_vocab_size:
+        raise ConfigError(
+            f"The tree has rank {topology.max_rank}, but the heads choose among {draft_vocab_size} tokens.",
+            hint="Ranks start at 0; use lower ones.",
+        )
+
+
+def _allocate_kv_store(layer_shapes: list[LayerShape], num_blocks: int, block_size: int, loaded: LoadedModel) -> KVStore:
+    """Raises ConfigError where the memory is not there, which only a number of blocks set by hand can cause."""
+    try:
+        return KVStore(layer_shapes, num_blocks, block_size, loaded.dtype, loaded.device)
+    except RuntimeError as error:  # torch's, on the CPU and for its OutOfMemoryError alike
+        num_mib = num_blocks * block_size * slot_bytes(layer_shapes, loaded.dtype) / 2**20
+        raise ConfigError(
+            f"The KV cache of {num_blocks} blocks x {block_size} tokens = {num_mib:,.0f} MiB cannot be allocated.",
+            hint="Lower --num-blocks.",
+        ) from error
 
 
 def _device_model(loaded: LoadedModel, heads: CalibratedHeads | None) -> DeviceModel:

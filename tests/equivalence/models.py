@@ -92,6 +92,7 @@ class OracleHeads:
     """
 
     num_heads = 3
+    draft_vocab_size = None
 
     def __init__(self, loaded: LoadedModel, sequences: list[list[int]]) -> None:
         trunk = loaded.base_model
