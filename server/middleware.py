@@ -102,7 +102,7 @@ class APIKeyMiddleware:
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
         # Digests have one length, so a comparison tells nothing about the length of a key.
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._is_allowed(Headers(scope=scope)):
@@ -113,14 +113,15 @@ class APIKeyMiddleware:
 
     def _is_allowed(self, headers: Headers) -> bool:
         scheme, _, key = headers.get("authorization", "").partition(" ")
-        given = _digest(key.strip())
+        # Headers are decoded as Latin-1; the bytes behind them are the key's own.
+        given = _digest(key.strip().encode("latin-1"))
         # All keys are compared, so that the time does not tell which one matched.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return scheme.lower() == "bearer" and any(matches)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode()).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
 
 
 class BodyLimitMiddleware:

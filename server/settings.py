@@ -8,8 +8,9 @@ import types
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
-from pydantic import BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from medusa_core.config import CacheConfig, DtypeName, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
@@ -23,7 +24,14 @@ def _split(value: object) -> object:
     return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
 
 
-Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split)]
+def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
+    """An empty one is a variable that the shell had not set: as a key it would let everybody in."""
+    if not all(name.strip() for name in names):
+        raise PydanticCustomError("empty_name", "Values must not be empty")
+    return names
+
+
+Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_names)]
 
 
 class ServerSettings(BaseSettings):

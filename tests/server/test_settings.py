@@ -71,6 +71,8 @@ def test_variables_are_read_and_flags_win(monkeypatch):
         (["--memory-fraction", "nan"], "memory_fraction"),
         (["--drain-timeout-s", "-1"], "--drain-timeout-s"),
         (["--host", "256.1.1.1"], "256.1.1.1"),
+        (["--api-key", "good", ""], "--api-key"),
+        (["--served-model-name", " "], "--served-model-name"),
     ],
 )
 def test_wrong_values_end_with_code_2_and_one_sentence(arguments, mention, capsys):
