@@ -1,8 +1,15 @@
 """Shared options. Tests marked `cuda` are skipped where there is no CUDA device."""
 
+import os
+
 import pytest
 
+from medusa_core.engine.environment import ENGINE_ENVIRONMENT
 from tests import options
+
+# before any test imports torch
+for _name, _value in ENGINE_ENVIRONMENT.items():
+    os.environ.setdefault(_name, _value)
 
 
 def pytest_addoption(parser):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import shutil
 import sys
 import tempfile
@@ -15,6 +16,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from medusa_core.config import EngineConfig
+from medusa_core.engine.environment import ENGINE_ENVIRONMENT
 from medusa_core.engine.messages import Ready, StartFailed, StartOutcome, WorkerSpec
 from medusa_core.errors import EngineError, MedusaError
 
@@ -44,7 +46,8 @@ class WorkerProcess:
         spec = WorkerSpec(config=config, build=build, folder=folder, log_level=log_level)
         try:
             command = (sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path)
-            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE)
+            environment = ENGINE_ENVIRONMENT | os.environ
+            process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise
