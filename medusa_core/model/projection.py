@@ -22,20 +22,17 @@ _NUM_CHECK_TOKENS = 8
 class Projection(nn.Module):
     """`lm_head`, then the architecture's logit scale or soft cap in float32.
 
-    The product runs in the model's dtype and is upcast afterwards, so ties between bfloat16 logits stay ties.
+    The product runs in the model's dtype and is upcast afterwards, so ties between bfloat16 logits stay ties. num_tokens: V, the
+    number of logits per row.
     """
 
     def __init__(self, linear: Any, *, multiplier: float = 1.0, softcap: float | None = None) -> None:
         super().__init__()
         self.linear = linear
+        # read now: the layer may give way to a packed one, which has no weight to ask
+        self.num_tokens: int = linear.weight.shape[0]
         self.multiplier = multiplier
         self.softcap = softcap
-
-    @property
-    def num_tokens(self) -> int:
-        """V, the number of logits per row."""
-        weight: Tensor = self.linear.weight
-        return weight.shape[0]
 
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., E] taken behind the final norm."""
