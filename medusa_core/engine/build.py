@@ -8,7 +8,7 @@ from functools import partial
 
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
-from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig, SpeculationConfig
+from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
 from medusa_core.engine.core import EngineCore
 from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology
 from medusa_core.errors import ConfigError
@@ -46,12 +46,9 @@ class CalibratedHeads:
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
     """Load everything `config` names and wire it up. Raises ConfigError or ModelError."""
-    if config.speculation.tree != "auto":
-        load_tree(config.speculation.tree)  # a misspelt name is an error at once, not after the weights are loaded
+    _check_speculation(config)
     loaded = load_model(config.model, progress=progress)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
-    if heads is None and config.speculation.enabled:
-        _check_no_tree(config.speculation)
     if can_pack(loaded.device, loaded.dtype):
         # After the heads, which may have copied rows of lm_head; before the self-check, which then covers the packed layers.
         pack_linears([loaded.model, loaded.project, *([heads.heads] if heads else [])])
@@ -116,11 +113,14 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
     return CalibratedHeads(heads, calibration)
 
 
-def _check_no_tree(speculation: SpeculationConfig) -> None:
-    """Raises ConfigError where a tree was asked for but no heads are there to fill it."""
-    name = "tree" if speculation.tree != "auto" else "tree_size" if speculation.tree_size not in ("auto", 1) else None
-    if name is not None:
-        raise ConfigError(f"{name} is set, but there are no Medusa heads to fill a tree.", hint="Name heads, or leave it out.")
+def _check_speculation(config: EngineConfig) -> None:
+    """What can be told before the weights are loaded: a misspelt tree, or one that nothing could fill. Raises ConfigError."""
+    speculation = config.speculation
+    if speculation.tree == "auto":
+        return
+    load_tree(speculation.tree)
+    if config.model.heads == "none" and speculation.enabled:
+        raise ConfigError(f'tree is {speculation.tree!r}, but heads is "none".', hint="Leave one of them out.")
 
 
 def _check_ranks(topology: TreeTopology, draft_vocab_size: int) -> None:
