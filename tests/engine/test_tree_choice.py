@@ -1,0 +1,129 @@
+"""Which tree is offered for which heads and options, and who picks its size."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from medusa_core.config import SpeculationConfig
+from medusa_core.engine.tree_choice import ROOT_ONLY, RankAccuracy, choose_controller, choose_topology
+from medusa_core.errors import ConfigError
+from medusa_core.scheduler.controller import TreeSizeController
+from medusa_core.scheduler.costs import CostCurve, StepCosts
+from medusa_core.tree.presets import load_tree
+from medusa_core.tree.topology import TreeTopology
+
+CALIBRATION: RankAccuracy = ((0.5, 0.2, 0.1), (0.3, 0.1, 0.05))
+
+
+def choose(num_heads: int = 4, calibration: RankAccuracy | None = None, **options: object) -> tuple[TreeTopology, str]:
+    return choose_topology(SpeculationConfig(**options), num_heads, calibration)
+
+
+@pytest.mark.parametrize("options", [{"enabled": False}, {"tree_size": 1}, {"tree_size": 1, "tree": "chain-2"}])
+def test_without_speculation_the_tree_is_the_root(options):
+    assert choose(calibration=CALIBRATION, **options) == (ROOT_ONLY, "none")
+
+
+def test_without_heads_the_tree_is_the_root():
+    assert choose(num_heads=0) == (ROOT_ONLY, "none")
+
+
+def test_without_calibration_a_published_tree_is_cut_to_the_heads():
+    topology, name = choose(num_heads=2)
+    assert name == "mc_sim_7b_63"
+    assert topology.max_depth == 2
+    assert set(topology.choices) < set(load_tree(name).choices)
+    assert choose(num_heads=4)[0] == load_tree("mc_sim_7b_63")
+
+
+def test_a_calibration_builds_the_tree():
+    topology, name = choose(num_heads=2, calibration=CALIBRATION)
+    assert name == "calibrated"
+    # Best first: 0.5, then 0.2 before 0.5 * 0.3 ...
+    assert topology.choices[:3] == ((0,), (1,), (0, 0))
+    assert topology.num_nodes == 13  # 1 + 3 + 9: every path that these ranks have
+
+
+def test_heads_that_are_not_there_are_no_part_of_the_tree():
+    assert choose(num_heads=1, calibration=CALIBRATION)[0].max_depth == 1
+
+
+def test_a_calibration_out_of_order_is_accepted():
+    """Shares of neighbouring ranks can swap by chance."""
+    topology, _ = choose(num_heads=2, calibration=((0.4, 0.02, 0.03), (0.1, 0.2, 0.0)))
+    assert topology.choices[0] == (0,)
+    assert topology.num_nodes > 3
+
+
+def test_a_named_tree_is_taken_as_it_is():
+    topology, name = choose(calibration=CALIBRATION, tree="chain-3")
+    assert (topology, name) == (load_tree("chain-3"), "chain-3")
+
+
+def test_a_tree_from_a_file(tmp_path: Path):
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps([[0], [1], [0, 0]]))
+    assert choose(tree=str(path)) == (TreeTopology.from_choices([(0,), (1,), (0, 0)]), str(path))
+
+
+def test_a_tree_deeper_than_the_heads_is_refused():
+    with pytest.raises(ConfigError, match="needs 3 heads, the model has 2"):
+        choose(num_heads=2, tree="chain-3")
+
+
+def test_an_unknown_tree_is_refused():
+    with pytest.raises(ConfigError, match=r"oak.*mc_sim_7b_63"):
+        choose(tree="oak")
+
+
+def make_controller(
+    topology: TreeTopology, *, seconds_per_row: float = 0.0, calibration: RankAccuracy | None = None, **options: object
+) -> tuple[TreeSizeController, list[str]]:
+    """The controller, and one entry for each time costs were measured."""
+    measured = []
+
+    def measure() -> StepCosts:
+        measured.append("measured")
+        forward = CostCurve(((1, 1.0 + seconds_per_row), (64, 1.0 + 64 * seconds_per_row)))
+        return StepCosts(forward=forward, draft=CostCurve(((1, 0.0),)))
+
+    config = SpeculationConfig(**options)
+    return choose_controller(config, topology, calibration, max_step_rows=1024, measure_costs=measure), measured
+
+
+@pytest.mark.parametrize("tree_size", [2, 5, 8, 63, 64])
+def test_a_fixed_size(tree_size):
+    controller, measured = make_controller(load_tree("mc_sim_7b_63"), tree_size=tree_size)
+    assert controller.choose(1) == tree_size
+    assert measured == []
+
+
+def test_a_fixed_size_shrinks_where_the_rows_do_not_fit():
+    controller, _ = make_controller(load_tree("mc_sim_7b_63"), tree_size=40)
+    assert controller.choose(25) == 40
+    assert controller.choose(26) == 32
+
+
+def test_a_size_larger_than_the_tree_is_refused():
+    with pytest.raises(ConfigError, match="tree_size is 8, but the tree has 4 nodes"):
+        make_controller(load_tree("chain-3"), tree_size=8)
+
+
+def test_a_tree_of_the_root_alone_needs_no_measurement():
+    controller, measured = make_controller(ROOT_ONLY)
+    assert (controller.choose(1), measured) == (1, [])
+
+
+@pytest.mark.parametrize("calibration", [None, ((0.5, 0.2), (0.3, 0.1), (0.2, 0.1), (0.1, 0.1))])
+def test_auto_takes_what_is_worth_its_cost(calibration):
+    topology = load_tree("mc_sim_7b_63")
+    free, measured = make_controller(topology, calibration=calibration)
+    assert measured == ["measured"]
+    assert free.choose(1) >= 16
+    dear, _ = make_controller(topology, calibration=calibration, seconds_per_row=10.0)
+    assert dear.choose(1) == 1
+    between, _ = make_controller(topology, calibration=calibration, seconds_per_row=0.03)
+    assert 1 < between.choose(1) < free.choose(1)
