@@ -48,9 +48,12 @@ def make_choices(request: EngineRequest, limits: Limits, uids: Iterator[int]) ->
     ]
 
 
-def check_queue(num_waiting: int, num_choices: int, limits: Limits) -> None:
-    """Raises QueueFullError when the choices do not fit the queue now."""
-    if num_waiting + num_choices > limits.max_queued_requests:
+def check_queue(num_waiting: int, num_free_lanes: int, num_choices: int, limits: Limits) -> None:
+    """Raises QueueFullError when the choices do not fit the queue now.
+
+    Choices that free lanes can take do not count: they are only waiting for the next step, however many arrived since the last.
+    """
+    if num_waiting + num_choices > limits.max_queued_requests + num_free_lanes:
         raise QueueFullError(
             f"The queue is full: {num_waiting} choices wait, {num_choices} more would exceed the limit of "
             f"{limits.max_queued_requests} (max_queued_requests).",

@@ -23,6 +23,10 @@ class LaneTable:
         return len(self._running)
 
     @property
+    def num_free(self) -> int:
+        return len(self._free)
+
+    @property
     def has_free(self) -> bool:
         return bool(self._free)
 

@@ -122,7 +122,7 @@ class Scheduler:
         if request.request_id in self._open_choices:
             raise InvalidParameterError(f"request_id {request.request_id!r} is in use.", param="request_id")
         choices = make_choices(request, self._limits, self._uids)
-        check_queue(self.num_waiting, len(choices), self._limits)
+        check_queue(self.num_waiting, self._lanes.num_free, len(choices), self._limits)
         self._open_choices[request.request_id] = choices
         self._queue.push(choices[0])
         for sibling in choices[1:]:

@@ -281,8 +281,20 @@ def test_stop_tokens_end_a_request_in_the_middle_of_a_path():
     assert harness.tokens(stopped)[-1] == stop
 
 
+def test_a_burst_takes_the_free_lanes_before_it_fills_the_queue():
+    harness = Harness(max_num_seqs=3, max_queued_requests=2)
+    for _ in range(5):
+        harness.add([1])
+    with pytest.raises(QueueFullError):
+        harness.add([1])
+    harness.step()
+    assert (harness.scheduler.num_running, harness.scheduler.num_waiting) == (3, 2)
+
+
 def test_a_full_queue_refuses_and_names_the_limit():
-    harness = Harness(max_queued_requests=2)
+    harness = Harness(max_num_seqs=1, max_queued_requests=2)
+    harness.add([1])
+    harness.step()
     harness.add([1])
     with pytest.raises(QueueFullError, match=r"1 choices wait, 2 more would exceed the limit of 2 \(max_queued_requests\)"):
         harness.add([2], n=2)
