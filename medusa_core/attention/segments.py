@@ -26,6 +26,7 @@ class Segment:
     ancestor_mask_NN: bool, True = query i may see the slot of query j; the diagonal is True.
     context_slots_BC: int64, slot of each context position; positions past the lane's blocks point at a spare slot and are
         masked, because they lie at or beyond base + N.
+    block_size: context positions come in runs of so many neighbouring slots that start at a multiple of it.
     """
 
     start_row: int
@@ -33,8 +34,14 @@ class Segment:
     depth_N: Tensor
     ancestor_mask_NN: Tensor
     context_slots_BC: Tensor
+    block_size: int = 1
     # by (window, repeats): built on first use, shared by all layers of a step
     mask_cache: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    # int64 [B * C / block_size]: block of each run, for gathering whole blocks instead of slots
+    context_blocks: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.context_blocks = self.context_slots_BC[:, :: self.block_size].flatten() // self.block_size
 
     @property
     def num_lanes(self) -> int:

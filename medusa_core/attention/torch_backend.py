@@ -58,11 +58,15 @@ def _fold(
     num_lanes, num_queries, num_heads, head_dim = query_BNHD.shape
     num_kv_heads = key_slots_SGD.shape[1]
     num_repeats = num_heads // num_kv_heads
-    slots = segment.context_slots_BC.flatten()
-    key = key_slots_SGD.index_select(0, slots).view(num_lanes, -1, *key_slots_SGD.shape[1:]).transpose(1, 2)
-    value = value_slots_SGD.index_select(0, slots).view(num_lanes, -1, *value_slots_SGD.shape[1:]).transpose(1, 2)
+    key, value = (_gather(slots_SGD, segment).transpose(1, 2) for slots_SGD in (key_slots_SGD, value_slots_SGD))
     query = query_BNHD.transpose(1, 2).reshape(num_lanes, num_kv_heads, num_repeats * num_queries, head_dim)
     return query, key, value, segment.visible_mask(params.window, num_repeats)
+
+
+def _gather(slots_SGD: Tensor, segment: Segment) -> Tensor:
+    """[B, C, G, D]. Whole blocks at a time: fewer and longer copies."""
+    blocks = slots_SGD.view(-1, segment.block_size, *slots_SGD.shape[1:])
+    return blocks.index_select(0, segment.context_blocks).view(segment.num_lanes, -1, *slots_SGD.shape[1:])
 
 
 def _unfold(out: Tensor, query_BNHD: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""The KV cache as tensors: slots of all blocks, layer by layer, plus one spare slot for writes that must go nowhere.
+"""The KV cache as tensors: slots of all blocks, layer by layer, plus a spare block for writes that must go nowhere.
 
-Shapes: S slots of the whole store (num_blocks * block_size + 1) · Y layers of one shape · G KV heads · D head dim.
+Shapes: S slots of the whole store ((num_blocks + 1) * block_size) · Y layers of one shape · G KV heads · D head dim.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class KVStore:
         self.num_blocks = num_blocks
         self.block_size = block_size
         self.spare_slot = num_blocks * block_size
-        num_slots = self.spare_slot + 1
+        num_slots = self.spare_slot + block_size
         self._buffers: list[Tensor] = []
         self._layers: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(layer_shapes)
         for shape in dict.fromkeys(layer_shapes):

@@ -150,7 +150,7 @@ class ModelRunner:
 
     def _segment(self, lanes: Sequence[int], base_B: Tensor, tree: DeviceTree, start_row: int) -> Segment:
         context_slots_BC = self._kv.context_slots(self._lanes.block_table(lanes))
-        return Segment(start_row, base_B, tree.depth_N, tree.ancestor_mask_NN, context_slots_BC)
+        return Segment(start_row, base_B, tree.depth_N, tree.ancestor_mask_NN, context_slots_BC, self._kv.block_size)
 
     def _forward(self, rows: list[_Rows]) -> Tensor:
         context = PagedContext.create(self._kv, [part.segment for part in rows], self._attention)

@@ -63,8 +63,8 @@ def check_attention(
 
     causal = DeviceTree.causal(prefix_len, device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
-    prefix_hidden = run(ids[:prefix_len], [Segment(0, zero, causal.depth_N, causal.ancestor_mask_NN, slots)])
-    tree_segment = Segment(0, zero + prefix_len, tree.depth_N, tree.ancestor_mask_NN, slots)
+    prefix_hidden = run(ids[:prefix_len], [Segment(0, zero, causal.depth_N, causal.ancestor_mask_NN, slots, _BLOCK_SIZE)])
+    tree_segment = Segment(0, zero + prefix_len, tree.depth_N, tree.ancestor_mask_NN, slots, _BLOCK_SIZE)
     tree_hidden = run(ids[prefix_len:], [tree_segment])
     _compare(model, "a prompt", prefix_hidden, expected_prefix)
     _compare(model, "a tree of draft tokens", tree_hidden, expected_tree)

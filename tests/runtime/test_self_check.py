@@ -45,6 +45,7 @@ class WithoutPrefix(TorchAttention):
             segment,
             base_B=segment.base_B - num_cached,
             context_slots_BC=segment.context_slots_BC[:, num_cached:],
+            block_size=1,
             mask_cache={},
         )
         return super().attend(query_BNHD, key_slots_SGD, value_slots_SGD, blind, params)
