@@ -93,7 +93,7 @@ class Server:
             _strict_response_validation=is_strict,
         )
 
-    def complete(self, prompt: str, **fields: Any) -> dict[str, Any]:
+    def complete(self, prompt: str | list[str], **fields: Any) -> dict[str, Any]:
         """A greedy completion, unless `fields` say otherwise."""
         body = {"model": MODEL, "prompt": prompt, "temperature": 0, **fields}
         response = self.http.post("/v1/completions", json=body)

@@ -37,7 +37,9 @@ PROMPTS = [
 
 
 def texts(server: Server, **fields: Any) -> dict[str, str]:
-    return {prompt: server.text(prompt, **fields) for prompt in PROMPTS}
+    """All prompts in one request: a batch of twenty."""
+    choices = server.complete(PROMPTS, **fields)["choices"]
+    return {prompt: choice["text"] for prompt, choice in zip(PROMPTS, choices, strict=True)}
 
 
 def test_the_first_tokens_are_equal_in_sixteen_bits(server: Server):
@@ -49,7 +51,8 @@ def test_the_first_tokens_are_equal_in_sixteen_bits(server: Server):
 
 @pytest.fixture
 def float32_server(slot: ServerSlot) -> Server:
-    return slot.get("--dtype", "float32", "--max-model-len", "2048")
+    # The size is given because plain steps can be the faster ones in float32, and nothing would be compared.
+    return slot.get("--dtype", "float32", "--max-model-len", "2048", "--tree-size", "8")
 
 
 @pytest.mark.long
@@ -64,10 +67,10 @@ def test_greedy_texts_are_equal_in_float32(float32_server: Server):
 @pytest.mark.long
 def test_sampled_texts_depend_on_the_seed_alone(float32_server: Server):
     """Alone, all at once, and without speculation: the same seeds give the same texts."""
-    prompts = PROMPTS[:8]
+    prompts = PROMPTS[:6]
 
     def sample(number: int, **fields: Any) -> str:
-        return float32_server.text(prompts[number], temperature=0.9, top_p=0.95, seed=number, max_tokens=24, **fields)
+        return float32_server.text(prompts[number], temperature=0.9, top_p=0.95, seed=number, max_tokens=16, **fields)
 
     alone = [sample(number) for number in range(len(prompts))]
     with ThreadPoolExecutor(len(prompts)) as pool:
@@ -78,7 +81,7 @@ def test_sampled_texts_depend_on_the_seed_alone(float32_server: Server):
 
 @pytest.mark.long
 def test_streamed_texts_are_the_whole_ones(float32_server: Server):
-    for prompt in PROMPTS[-6:]:
+    for prompt in PROMPTS[-2:]:
         stream = float32_server.sdk(is_strict=False).completions.create(
             model=MODEL, prompt=prompt, temperature=0, max_tokens=32, stream=True
         )

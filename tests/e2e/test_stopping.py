@@ -57,7 +57,8 @@ def test_sigterm_lets_a_running_stream_end(server: Server):
 
 @pytest.mark.long
 def test_sigterm_lets_a_stream_of_25_seconds_end(slot: ServerSlot):
-    check_drain(slot.get(), num_seconds=25)
+    server = slot.get()  # the only one without any option
+    check_drain(server, num_seconds=25)
 
 
 def check_drain(server: Server, *, num_seconds: float) -> None:
