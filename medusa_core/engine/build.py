@@ -109,7 +109,7 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
     heads = load_heads(source, loaded)
     calibration_path = find_calibration(source)
     calibration = load_calibration(calibration_path).rank_accuracy if calibration_path else None
-    probe_heads(heads, loaded, probe_token_ids(loaded))
+    probe_heads(heads, loaded, probe_token_ids(loaded, trust_remote_code=config.trust_remote_code))
     return CalibratedHeads(heads, calibration)
 
 

@@ -33,13 +33,13 @@ class ProbeResult:
     num_positions: tuple[int, ...]
 
 
-def probe_token_ids(loaded: LoadedModel) -> list[int]:
+def probe_token_ids(loaded: LoadedModel, *, trust_remote_code: bool = False) -> list[int]:
     """A bundled passage, chosen to be predictable, in the model's own tokens.
 
     Raises ModelLoadError for a folder without a tokenizer.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(loaded.folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(loaded.folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise ModelLoadError(f"The tokenizer in {loaded.folder} cannot be read ({error}).") from error
     text = (resources.files("medusa_core") / "assets" / "probe.txt").read_text()
@@ -75,7 +75,8 @@ def _head_accuracy(drafted_TC: Tensor, ids_T: Tensor, greedy_T: Tensor, head: in
 
     Head k at position t guesses token t+2+k, which greedy_T[t+1+k] is if the text up to t+1+k is what the model would have said.
     """
-    num_positions = len(ids_T) - 1 - head
+    # none where the context is shorter than the head's reach
+    num_positions = max(len(ids_T) - 1 - head, 0)
     follows_T = torch.zeros(len(ids_T), dtype=torch.bool, device=ids_T.device)
     follows_T[:-1] = ids_T[1:] == greedy_T[:-1]
     is_counted_T = torch.stack([follows_T[i : i + num_positions] for i in range(head + 1)]).all(dim=0)

@@ -61,6 +61,12 @@ def test_positions_where_the_text_leaves_the_models_path_do_not_count(constant) 
     assert probe_heads(_heads(), loaded, token_ids).num_positions == (NUM_TOKENS - 2, NUM_TOKENS - 4)
 
 
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_a_text_shorter_than_the_heads_reach_counts_nothing_there(constant, num_tokens) -> None:
+    loaded, token_ids = constant
+    assert probe_heads(_heads(), loaded, token_ids[:num_tokens]).num_positions == (num_tokens - 1, 0)
+
+
 def test_the_passage_comes_in_the_models_tokens_and_fits_it(model_folder, load, tokenizer) -> None:
     folder = model_folder()
     tokenizer.save_pretrained(folder)
