@@ -82,6 +82,11 @@ def test_wrong_values_end_with_code_2_and_one_sentence(arguments, mention, capsy
     assert stderr.count("\n") == 1
 
 
+def test_a_refused_key_is_not_shown(capsys):
+    main.run(["--api-key", "secret", ""])
+    assert "secret" not in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("arguments", [["--prot", "1"], ["--port"], ["stray"]])
 def test_unknown_flags_end_with_code_2_and_one_sentence(arguments, capsys):
     with pytest.raises(SystemExit) as exit_info:
