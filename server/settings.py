@@ -118,8 +118,8 @@ def load_settings(arguments: Sequence[str]) -> ServerSettings:
         detail = error.errors(include_url=False)[0]
         name = str(detail["loc"][0])
         # Messages of pydantic end without a full stop. Keys are not for logs.
-        given = "" if name == "api_key" else f", got {detail['input']!r}"
-        raise ConfigError(f"{_flag(name)} (or MEDUSA_{name.upper()}): {detail['msg']}{given}.") from error
+        shown = "" if name == "api_key" else f", got {detail['input']!r}"
+        raise ConfigError(f"{_flag(name)} (or MEDUSA_{name.upper()}): {detail['msg']}{shown}.") from error
 
 
 class _Parser(argparse.ArgumentParser):
