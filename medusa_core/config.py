@@ -42,6 +42,9 @@ class ModelConfig:
     trust_remote_code: bool = False
 
     def __post_init__(self) -> None:
+        has_heads = self.heads not in (None, "none")
+        _require(self.revision is None or self.model is not None, "revision is given, but no model that it is a revision of.")
+        _require(self.heads_revision is None or has_heads, "heads_revision is given, but no heads that it is a revision of.")
         _require(self.max_model_len is None or self.max_model_len >= 2, "max_model_len must be at least 2.")
         names = ("auto", "float32", "bfloat16", "float16")
         _require(self.dtype in names, f"dtype must be one of {', '.join(names)}, got {self.dtype!r}.")

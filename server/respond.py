@@ -57,7 +57,7 @@ async def _respond(
     # Clients choose x-request-id and may repeat it; the engine needs an id that no live request has.
     unique_id = uuid.uuid4().hex
     make = partial(make_job, body, model, request_id=unique_id, arrival_s=arrival_s(request.scope))
-    job = await asyncio.get_running_loop().run_in_executor(serving.text_thread, make)
+    job = await asyncio.get_running_loop().run_in_executor(serving.text_threads, make)
     generation = Generation(serving.client, job, partial(new_output, body, model), model.metrics)
     reply = make_reply(body, unique_id)
     try:

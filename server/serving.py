@@ -60,14 +60,14 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
-        # One thread: templates and tokenizers need not be thread-safe, and long prompts do not stall running streams.
-        self.text_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="text")
+        # Long prompts stall neither running streams nor, up to this many of them, the prompts that come after.
+        self.text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
 
     async def load(self) -> None:
         """Start the engine and load its tokenizer. Raises what `EngineClient.start` and the text loader raise."""
         try:
             info = await self.client.start()
-            text = await asyncio.get_running_loop().run_in_executor(self.text_thread, self.load_text, info)
+            text = await asyncio.get_running_loop().run_in_executor(self.text_threads, self.load_text, info)
         finally:
             self.is_loading = False
         names = tuple(self.settings.served_model_name) or (info.model_name,)
@@ -76,7 +76,7 @@ class Serving:
         logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)
 
     async def close(self) -> None:
-        self.text_thread.shutdown(wait=False, cancel_futures=True)
+        self.text_threads.shutdown(wait=False, cancel_futures=True)
         await self.client.close()
 
     @property

@@ -6,6 +6,8 @@ import logging
 from dataclasses import dataclass
 from functools import partial
 
+import torch
+
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
@@ -75,6 +77,8 @@ def assemble_engine(
     num_blocks = choose_num_blocks(
         config.cache,
         free_bytes=free_memory_bytes(loaded.device),
+        # as the projection writes them, and the float32 copy that tokens are drawn from
+        logits_bytes=config.scheduler.max_step_rows * loaded.vocab_size * (loaded.dtype.itemsize + torch.float32.itemsize),
         slot_bytes=slot_bytes(layer_shapes, loaded.dtype),
         max_blocks_per_lane=max_blocks,
         num_lanes=num_lanes,
@@ -116,11 +120,15 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
 def _check_speculation(config: EngineConfig) -> None:
     """What can be told before the weights are loaded: a misspelt tree, or one that nothing could fill. Raises ConfigError."""
     speculation = config.speculation
-    if speculation.tree == "auto":
-        return
-    load_tree(speculation.tree)
+    if speculation.tree != "auto":
+        load_tree(speculation.tree)
     if config.model.heads == "none" and speculation.enabled:
-        raise ConfigError(f'tree is {speculation.tree!r}, but heads is "none".', hint="Leave one of them out.")
+        for name, value, is_unused in (
+            ("tree", speculation.tree, speculation.tree == "auto"),
+            ("tree_size", speculation.tree_size, speculation.tree_size in ("auto", 1)),
+        ):
+            if not is_unused:
+                raise ConfigError(f'{name} is {value!r}, but heads is "none".', hint="Leave one of them out.")
 
 
 def _check_ranks(topology: TreeTopology, draft_vocab_size: int) -> None:

@@ -37,6 +37,7 @@ class _Connection:
         self._encode = msgspec.msgpack.Encoder().encode
         self._decoder: msgspec.msgpack.Decoder[Event] = msgspec.msgpack.Decoder(Event)
         self._receiver = asyncio.create_task(self._receive(), name="medusa-receiver")
+        self._receiver.add_done_callback(self._on_receiver_end)
 
     def send(self, command: Command) -> None:
         self._socket.send(self._encode(command))  # without a limit it is queued at once; there is nothing to await
@@ -48,6 +49,12 @@ class _Connection:
     async def _receive(self) -> None:
         while True:
             self._streams.receive(self._decoder.decode(await self._socket.recv()))
+
+    def _on_receiver_end(self, task: asyncio.Task[None]) -> None:
+        """Without its reader a connection is useless: live requests end with an error instead of waiting for ever."""
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logger.critical("the connection to the engine process failed", exc_info=error)
+            self._streams.detach(EngineDeadError("The connection to the engine process failed.", hint="Restart the server."))
 
 
 class WorkerClient:

@@ -17,7 +17,7 @@ from huggingface_hub.errors import (
 )
 from tqdm import tqdm
 
-from medusa_core.errors import ModelLoadError
+from medusa_core.errors import ConfigError, ModelLoadError
 
 _REPO_ID = re.compile(r"[\w.-]+(?:/[\w.-]+)?")
 _SAFETENSORS = ("*.safetensors",)
@@ -38,10 +38,13 @@ def resolve(name: str, *, revision: str | None = None, endpoint: str | None = No
 
     endpoint: the hub's address; None leaves it to huggingface_hub.
 
-    Raises ModelLoadError for paths that do not exist and for what the hub does not have or cannot deliver.
+    Raises ModelLoadError for paths that do not exist and for what the hub does not have or cannot deliver, ConfigError for a
+    revision of a local path.
     """
     path = Path(name).expanduser()
     if name and path.exists():
+        if revision is not None:
+            raise ConfigError(f"{name} is a local path, which has no revision {revision!r}.", hint="Leave the revision out.")
         return path
     parts = name.split("/")
     if len(parts) >= 3 and path.suffix == ".gguf" and _REPO_ID.fullmatch("/".join(parts[:2])):

@@ -32,12 +32,20 @@ def _cgroup_free_bytes(folder: Path, default: int) -> int:
 
 
 def choose_num_blocks(
-    config: CacheConfig, *, free_bytes: int, slot_bytes: int, max_blocks_per_lane: int, num_lanes: int, device_type: str
+    config: CacheConfig,
+    *,
+    free_bytes: int,
+    logits_bytes: int,
+    slot_bytes: int,
+    max_blocks_per_lane: int,
+    num_lanes: int,
+    device_type: str,
 ) -> int:
     """Blocks of the KV cache.
 
     Args:
-        free_bytes: memory free after the weights were loaded. slot_bytes: bytes of one token, all layers.
+        free_bytes: memory free after the weights were loaded. logits_bytes: what the largest step takes of it for logits.
+        slot_bytes: bytes of one token, all layers.
         max_blocks_per_lane: blocks one request of the maximum length needs, its tree included.
 
     Returns:
@@ -47,7 +55,7 @@ def choose_num_blocks(
         ConfigError: not even one request of the maximum length fits.
     """
     block_bytes = slot_bytes * config.block_size
-    budget = int(free_bytes * config.memory_fraction)
+    budget = max(int((free_bytes - logits_bytes) * config.memory_fraction), 0)
     if config.num_blocks is not None:
         num_blocks, source = config.num_blocks, "--num-blocks"
     else:
@@ -58,7 +66,8 @@ def choose_num_blocks(
         raise ConfigError(
             f"The KV cache is too small: a request of the maximum length needs {max_blocks_per_lane} blocks of {config.block_size} "
             f"tokens x {slot_bytes:,} bytes = {max_blocks_per_lane * block_bytes / 2**20:,.0f} MiB, but {source} gives "
-            f"{num_blocks} blocks ({free_bytes / 2**20:,.0f} MiB free x memory fraction {config.memory_fraction}).",
-            hint="Lower --max-model-len, or raise --memory-fraction or --num-blocks.",
+            f"{num_blocks} blocks (({free_bytes / 2**20:,.0f} MiB free - {logits_bytes / 2**20:,.0f} MiB for logits) "
+            f"x memory fraction {config.memory_fraction}).",
+            hint="Lower --max-model-len or --max-num-seqs, or raise --memory-fraction or --num-blocks.",
         )
     return num_blocks

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from medusa_core.errors import ModelLoadError
+from medusa_core.errors import ConfigError, ModelLoadError
 from medusa_core.model import hub
 
 COMMIT = "c0ffee" + "0" * 34
@@ -176,3 +176,8 @@ def test_names_that_are_neither_a_path_nor_an_id_are_refused_without_asking_the_
 
 def test_a_path_that_exists_is_taken_as_it_is(mock_hub, tmp_path) -> None:
     assert _resolve(mock_hub, str(tmp_path)) == tmp_path
+
+
+def test_a_revision_of_a_path_is_refused(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="has no revision 'v1'"):
+        hub.resolve(str(tmp_path), revision="v1")

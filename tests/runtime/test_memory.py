@@ -19,7 +19,7 @@ SIZES = {"slot_bytes": 4096, "max_blocks_per_lane": 10, "num_lanes": 8, "device_
 
 def choose(free_mib: float, config: CacheConfig | None = None, **sizes: object) -> int:
     config = config or CacheConfig(memory_fraction=0.5)
-    return choose_num_blocks(config, free_bytes=int(free_mib * MIB), **{**SIZES, **sizes})
+    return choose_num_blocks(config, free_bytes=int(free_mib * MIB), **{"logits_bytes": 0, **SIZES, **sizes})
 
 
 def test_the_memory_share_sets_the_number_of_blocks():
@@ -27,6 +27,12 @@ def test_the_memory_share_sets_the_number_of_blocks():
     assert choose(3) == 24
     assert choose(2, CacheConfig(memory_fraction=1.0)) == 32
     assert choose(2, CacheConfig(memory_fraction=0.5, block_size=8)) == 32
+
+
+def test_logits_are_set_aside_first():
+    assert choose(3, logits_bytes=MIB) == choose(2)
+    with pytest.raises(ConfigError, match="1 MiB for logits"):
+        choose(0.5, logits_bytes=MIB)
 
 
 def test_no_more_than_all_lanes_can_use():
@@ -50,7 +56,7 @@ def test_too_little_memory_is_explained_with_the_arithmetic():
         choose(1)
     message = str(error.value)
     assert "needs 10 blocks of 16 tokens x 4,096 bytes = 1 MiB" in message
-    assert "gives 8 blocks (1 MiB free x memory fraction 0.5)" in message
+    assert "gives 8 blocks ((1 MiB free - 0 MiB for logits) x memory fraction 0.5)" in message
     assert "--max-model-len" in message
 
 

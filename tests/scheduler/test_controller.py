@@ -97,7 +97,7 @@ def test_live_acceptance_corrects_the_expectation_within_bounds():
     before = controller.choose(1)
     for _ in range(2000):
         controller.observe(before, 0)
-    assert controller.correction == MeasuredTreeSize.CORRECTION_RANGE[0]
+    assert controller.correction == pytest.approx(MeasuredTreeSize.CORRECTION_RANGE[0], abs=0.01)
     assert controller.choose(1) < before
     for _ in range(5000):
         controller.observe(before, 4)
@@ -116,7 +116,7 @@ def test_after_plain_steps_speculation_is_tried_again():
     assert controller.choose(1) > 1
     for _ in range(2000):
         controller.observe(64, 0)
-    sizes = [controller.choose(1) for _ in range(3000)]
+    sizes = [controller.choose(1) for _ in range(30_000)]
     assert sizes[0] == 1
     assert sizes[-1] > 1
 
@@ -139,3 +139,17 @@ def test_the_scheduler_reports_acceptance_to_its_controller():
     for delta in drafted[:-1]:
         replay.observe(8, delta.num_accepted)
     assert controller.correction == replay.correction != 1.0
+
+
+@pytest.mark.parametrize("seconds_of_64_rows", [1.5, 4.0, 20.0])
+def test_heads_that_are_never_right_cost_next_to_nothing(seconds_of_64_rows):
+    """Whatever the calibration promised: retries included, 30,000 steps take at most 3 % longer than plain ones."""
+    costs = CostCurve(((1, 1.0), (64, seconds_of_64_rows)))
+    controller = measured(costs)
+    total = 0.0
+    for _ in range(30_000):
+        size = controller.choose(1)
+        total += costs.seconds(size)
+        if size > 1:
+            controller.observe(size, 0)
+    assert total <= 1.03 * 30_000

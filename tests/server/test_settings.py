@@ -17,7 +17,7 @@ def test_defaults_are_the_engines_own():
 def test_flags_reach_the_engine():
     flags = {
         "--model": "org/m",
-        "--heads": "none",
+        "--heads": "org/h",
         "--revision": "r",
         "--heads-revision": "h",
         "--dtype": "float32",
@@ -36,7 +36,7 @@ def test_flags_reach_the_engine():
     switches = ["--trust-remote-code", "--no-prefix-cache", "--no-speculation"]
     config = load_settings([*(part for flag in flags.items() for part in flag), *switches]).engine_config()
     model, cache, scheduler = config.model, config.cache, config.scheduler
-    assert (model.model, model.heads, model.dtype, model.device, model.max_model_len) == ("org/m", "none", "float32", "cpu", 99)
+    assert (model.model, model.heads, model.dtype, model.device, model.max_model_len) == ("org/m", "org/h", "float32", "cpu", 99)
     assert (model.revision, model.heads_revision, model.trust_remote_code) == ("r", "h", True)
     assert (cache.block_size, cache.num_blocks, cache.memory_fraction, cache.enable_prefix_cache) == (8, 7, 0.5, False)
     assert (scheduler.max_num_seqs, scheduler.max_step_tokens) == (2000, 64)
