@@ -25,7 +25,7 @@ from medusa_core.outputs import EngineInfo
 from medusa_core.runtime.kv_store import KVStore, LayerShape, slot_bytes
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
-from medusa_core.runtime.profile import measure_draft_costs, measure_row_costs
+from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead, overhead_slots
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.runtime.self_check import check_attention
 from medusa_core.scheduler.costs import CostCurve, StepCosts
@@ -93,7 +93,9 @@ def assemble_engine(
         topology,
         calibration,
         max_step_rows=config.scheduler.max_step_rows,
-        measure_costs=partial(_measure_costs, model, kv_store, attention, lanes, topology, config, progress),
+        measure_costs=partial(
+            _measure_costs, model, kv_store, attention, runner, topology, loaded.max_model_len, num_lanes, progress
+        ),
     )
     cache = CacheManager(
         num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
@@ -167,22 +169,32 @@ def _measure_costs(
     model: DeviceModel,
     kv_store: KVStore,
     attention: TorchAttention,
-    lanes: LaneState,
+    runner: ModelRunner,
     topology: TreeTopology,
-    config: EngineConfig,
+    max_model_len: int,
+    num_lanes: int,
     progress: bool,
 ) -> StepCosts:
-    row_counts = [2, *NODE_BUCKETS, *(_LARGE_ROW_COUNTS if model.device.type == "cuda" else ())]
-    lane_counts = [n for n in (1, 4, 16, 64) if n <= config.scheduler.max_num_seqs]
-    forward = measure_row_costs(model, kv_store, attention, sorted(row_counts), progress=progress)
-    draft = measure_draft_costs(model, lanes.hidden_PE, topology.max_rank + 1, lane_counts)
-    _log_milliseconds("step", forward)
-    _log_milliseconds("draft", draft)
-    return StepCosts(forward=CostCurve.from_points(forward.items()), draft=CostCurve.from_points(draft.items()))
+    row_counts = sorted([2, *NODE_BUCKETS, *(_LARGE_ROW_COUNTS if model.device.type == "cuda" else ())])
+    rows = measure_row_costs(model, kv_store, attention, row_counts, progress=progress)
+    forward = CostCurve.from_points(rows.items())
+    num_blocks = min(-(-overhead_slots(topology) // kv_store.block_size), kv_store.num_blocks)
+    overhead = measure_tree_overhead(
+        runner,
+        topology,
+        forward.seconds,
+        [n for n in (1, 4, 16) if n <= num_lanes],
+        block_ids=range(num_blocks),
+        max_total_tokens=max_model_len,
+        device=model.device,
+    )
+    _log_milliseconds("step", "rows", rows)
+    _log_milliseconds("tree", "lanes", overhead)
+    return StepCosts(forward=forward, draft=CostCurve.from_points(overhead.items()))
 
 
-def _log_milliseconds(what: str, costs: dict[int, float]) -> None:
-    logger.info("Measured %s cost by rows, ms: %s.", what, ", ".join(f"{rows}: {1e3 * s:.1f}" for rows, s in costs.items()))
+def _log_milliseconds(what: str, unit: str, costs: dict[int, float]) -> None:
+    logger.info("Measured %s cost by %s, ms: %s.", what, unit, ", ".join(f"{count}: {1e3 * s:.1f}" for count, s in costs.items()))
 
 
 def _describe(

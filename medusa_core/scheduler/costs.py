@@ -45,7 +45,8 @@ class CostCurve:
 
 @dataclass(frozen=True)
 class StepCosts:
-    """forward: one pass of the model by all rows of the step, verification included. draft: the heads, by lanes that draft."""
+    """forward: one pass of the model, by all rows of the step. draft: what a tree adds to that (the heads, the walk, the commit),
+    by lanes that draft."""
 
     forward: CostCurve
     draft: CostCurve

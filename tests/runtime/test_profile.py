@@ -10,8 +10,10 @@ import torch
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
 from medusa_core.runtime.kv_store import KVStore
-from medusa_core.runtime.profile import measure_draft_costs, measure_row_costs
-from medusa_core.runtime.runner import DeviceModel
+from medusa_core.runtime.lanes import LaneState
+from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead, overhead_slots
+from medusa_core.runtime.runner import DeviceModel, ModelRunner
+from medusa_core.tree.topology import TreeTopology
 from tests.equivalence.models import tiny_model
 
 
@@ -42,13 +44,15 @@ def test_row_costs_leave_the_cache_alone(model: DeviceModel):
             assert bool((slots[: store.spare_slot] == 7.0).all())
 
 
-def test_draft_costs_by_lanes(model: DeviceModel):
-    hidden = torch.zeros(4, 48, device=model.device)
-    assert list(measure_draft_costs(model, hidden, 3, [1, 4])) == [1, 4]
-
-
-def test_without_heads_there_is_no_draft_cost(model: DeviceModel):
-    without = DeviceModel(
-        forward=model.forward, project=model.project, draft=None, eos_token_ids=model.eos_token_ids, device=model.device
+def test_tree_overhead_by_lanes_leaves_the_lanes_free(model: DeviceModel):
+    topology = TreeTopology.chain(2)
+    store = KVStore(probe_layer_shapes(tiny_model("llama").model), 8, 8, torch.float32, model.device)
+    lanes = LaneState(4, 256, 8, 48, torch.float32, model.device)
+    runner = ModelRunner(model=model, topology=topology, kv_store=store, lanes=lanes, attention=TorchAttention())
+    num_blocks = -(-overhead_slots(topology) // 8)
+    overhead = measure_tree_overhead(
+        runner, topology, lambda num_rows: 0.0, [1, 4], block_ids=range(num_blocks), max_total_tokens=256, device=model.device
     )
-    assert measure_draft_costs(without, torch.zeros(4, 48), 3, [1, 4]) == {}
+    assert list(overhead) == [1, 4]
+    assert all(seconds >= 0 for seconds in overhead.values())
+    assert lanes.host == {}
