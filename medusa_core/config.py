@@ -101,8 +101,8 @@ class SchedulerConfig:
 class SpeculationConfig:
     """Drafting and the tree.
 
-    tree: name of a published preset, path of a JSON file, or "auto": the tree shipped with the heads, else one searched from
-        their calibrated accuracies, else `mc_sim_7b_63`.
+    tree: name of a published preset, path of a JSON file, or "auto": the best one for the heads' calibrated accuracies, else
+        `mc_sim_7b_63`.
     tree_size: nodes per step, root included; "auto" chooses each step from measured costs. 1 is plain decoding.
     """
 

@@ -50,7 +50,9 @@ async def _respond(
     make_job: Callable[..., Job],
     make_reply: Callable[[B, str], Reply],
 ) -> Response:
-    # Before the body is read: a server that takes no requests says so whatever they contain.
+    # A server that takes no requests says so whatever they contain, but only once it has received them: a connection that closes on
+    # data still under way is reset, and the client may never see the answer.
+    await request.body()
     model = serving.require_model()
     body = await read_body(request, body_class, allow_unknown=serving.settings.allow_unknown_fields)
     model.check_name(body.model)

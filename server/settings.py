@@ -72,7 +72,9 @@ class ServerSettings(BaseSettings):
     memory_fraction: float = Field(0.85, description="share of free memory that the KV cache may take")
     no_prefix_cache: bool = Field(False, description="do not reuse the KV of prompts that begin alike")
 
-    tree: str = Field("auto", description="name of a published tree, or a JSON file; auto takes the one shipped with the heads")
+    tree: str = Field(
+        "auto", description="name of a published tree, or a JSON file; auto searches the best one for the heads' accuracies"
+    )
     tree_size: int | Literal["auto"] = Field("auto", description="nodes per step, root included; auto chooses from measured costs")
     no_speculation: bool = Field(False, description="decode one token per step; the output is the same")
 
