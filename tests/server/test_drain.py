@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
+import socket
 import sys
+import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -74,6 +77,32 @@ async def test_sigterm_drains_running_streams_and_exits_with_0():
             assert lines[-1] == "data: [DONE]"
             assert '"finish_reason":"stop"' in lines[-2]
         assert await process.wait() == 0
+
+
+def send_body_late(url, gap_s):
+    """The whole answer to a request whose body follows its header after a gap."""
+    body = json.dumps(BODY).encode()
+    with socket.create_connection((url.host, url.port), timeout=10) as connection:
+        connection.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body))
+        time.sleep(gap_s)
+        connection.sendall(body)
+        return b"".join(iter(lambda: connection.recv(65536), b""))
+
+
+async def test_a_refusal_reaches_a_client_whose_body_is_still_under_way():
+    """Answering and closing before the body has come would reset the connection, and the answer with it."""
+    async with server_process("0.1") as (process, url), asyncio.timeout(20), httpx.AsyncClient(base_url=url) as http:
+        await until_ready(http)
+        tasks = await start_streams(http, 1)
+        process.send_signal(signal.SIGTERM)
+        while (await http.get("/ready")).status_code == 200:
+            await asyncio.sleep(0.01)
+        # Some of these bodies arrive between the server's answer and its close, which is when a reset takes the answer away.
+        for step in range(100):
+            answer = await asyncio.to_thread(send_body_late, httpx.URL(url), step * 4e-5)
+            assert answer.startswith(b"HTTP/1.1 503")
+            assert b"server_draining" in answer
+        await asyncio.gather(*tasks)
 
 
 async def test_an_idle_server_exits_at_once_with_0():
