@@ -92,13 +92,12 @@ class LaneState:
         """Free a lane. Its rows keep stale values until the next join, which writes them all."""
         del self.host[lane]
 
-    def block_table(self, lanes: Sequence[int]) -> Tensor:
-        """int64 [B, X], as narrow as the lanes allow."""
+    def block_table(self, lanes: Sequence[int], index_B: Tensor) -> Tensor:
+        """int64 [B, X], as narrow as the lanes allow. `index_B` is `index(lanes)`, made once per step."""
         width = max(self.host[lane].num_blocks for lane in lanes)
-        return self.block_table_PX[self.index(lanes), :width]
+        return self.block_table_PX[index_B, :width]
 
-    def sampling_rows(self, lanes: Sequence[int]) -> SamplingRows:
-        index_B = self.index(lanes)
+    def sampling_rows(self, lanes: Sequence[int], index_B: Tensor) -> SamplingRows:
         params = [self.host[lane].params for lane in lanes]
         return SamplingRows(
             temperature_R=self.temperature_P[index_B],

@@ -48,6 +48,7 @@ class _Rows:
     """Rows of one group or chunk in the packed step. `lanes` share a tree; `tokens_BN` are its tokens."""
 
     lanes: list[int]
+    index_B: Tensor
     segment: Segment
     tokens_BN: Tensor
     tree: DeviceTree
@@ -134,7 +135,10 @@ class ModelRunner:
         tree = DeviceTree.causal(chunk.num_tokens, self._model.device)
         base_B = torch.tensor([chunk.start], dtype=torch.int64, device=self._model.device)
         tokens_BN = self._lanes.tokens_PL[chunk.lane, chunk.start : chunk.start + chunk.num_tokens].unsqueeze(0)
-        return _Rows([chunk.lane], self._segment([chunk.lane], base_B, tree, start_row), tokens_BN, tree, True, chunk.is_last)
+        lanes = [chunk.lane]
+        index_B = self._lanes.index(lanes)
+        segment = self._segment(lanes, index_B, base_B, tree, start_row)
+        return _Rows(lanes, index_B, segment, tokens_BN, tree, True, chunk.is_last)
 
     def _pack_group(self, group: DecodeGroup, start_row: int) -> _Rows:
         tree = self._tree(group.num_nodes)
@@ -146,10 +150,11 @@ class ModelRunner:
         else:
             hidden_BE = self._lanes.hidden_PE[index_B]
             tokens_BN = draft_tree(self._model.draft, hidden_BE, root_B, tree, self._topology.max_rank)
-        return _Rows(group.lanes, self._segment(group.lanes, base_B, tree, start_row), tokens_BN, tree, False, True)
+        segment = self._segment(group.lanes, index_B, base_B, tree, start_row)
+        return _Rows(group.lanes, index_B, segment, tokens_BN, tree, False, True)
 
-    def _segment(self, lanes: Sequence[int], base_B: Tensor, tree: DeviceTree, start_row: int) -> Segment:
-        context_slots_BC = self._kv.context_slots(self._lanes.block_table(lanes))
+    def _segment(self, lanes: Sequence[int], index_B: Tensor, base_B: Tensor, tree: DeviceTree, start_row: int) -> Segment:
+        context_slots_BC = self._kv.context_slots(self._lanes.block_table(lanes, index_B))
         return Segment(start_row, base_B, tree.depth_N, tree.ancestor_mask_NN, context_slots_BC, self._kv.block_size)
 
     def _forward(self, rows: list[_Rows]) -> Tensor:
@@ -163,13 +168,13 @@ class ModelRunner:
         lanes, state = part.lanes, self._lanes
         # A last chunk draws from its last row only: a tree of one node.
         tree = self._tree(1) if part.is_prefill else part.tree
-        index_B = state.index(lanes)
+        index_B = part.index_B
         known_B = state.num_known_P[index_B]
         walk = walk_tree(
             logits_BNV,
             part.tokens_BN[:, -tree.num_nodes :],
             tree,
-            state.sampling_rows(lanes),
+            state.sampling_rows(lanes, index_B),
             known_B - state.num_prompt_P[index_B],
         )
         room_B = state.max_total_P[index_B] - known_B
