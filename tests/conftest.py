@@ -18,6 +18,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     options.device = config.getoption("--device")
+    if options.device == "cpu":
+        # Kernel tests run in Triton's interpreter; triton reads this when a kernel is declared.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
