@@ -15,7 +15,8 @@ class FinishReason(enum.Enum):
     ABORT = "abort"
 
 
-class TokenDelta(msgspec.Struct, frozen=True, kw_only=True):
+# On the wire as an array and unknown to the garbage collector: there is one per lane and step.
+class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Tokens one choice emitted in one step.
 
     num_draft_nodes, draft_depth, num_accepted: as in plan.LaneResult; all 0 for a step without a draft.
@@ -59,7 +60,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     tree_size: str = "1"
 
 
-class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """A snapshot. Gauges describe now; `num_*_total` only grow while the process lives.
 
     tree_size: nodes per lane in the latest decode step (1 = plain).

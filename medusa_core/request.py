@@ -37,8 +37,8 @@ class RequestStatus(enum.Enum):
 class Request:
     """One choice of a request, as the scheduler sees it. Identity is object identity; `uid` names it in plans and results.
 
-    Known tokens are prompt + output. While steps are in flight the true length lies in
-    [num_known_tokens, num_known_tokens_upper]; both are equal when no step is in flight.
+    Known tokens are prompt + output. While steps are in flight the true length lies in [num_known_tokens, max_known_tokens]; both
+    are equal when no step is in flight.
     """
 
     uid: int
@@ -59,8 +59,10 @@ class Request:
     num_computed_tokens: int = 0
     # tokens taken from the prefix index at the first admission, for usage.prompt_tokens_details
     num_cached_tokens: int = 0
-    # plans that include this request's lane and whose result has not been seen
+    # plans that include this request's lane and whose result has not been seen; how many of them draw tokens, and how many at most
     num_steps_in_flight: int = 0
+    num_draws_in_flight: int = 0
+    max_tokens_in_flight: int = 0
     num_preemptions: int = 0
     # when it first got a lane; queue time is this minus arrival_s
     first_scheduled_s: float | None = None
@@ -72,6 +74,16 @@ class Request:
     @property
     def num_known_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def max_known_tokens(self) -> int:
+        """Most tokens the request can know once every step in flight is done."""
+        return min(self.num_known_tokens + self.max_tokens_in_flight, self.max_total_tokens)
+
+    @property
+    def is_surely_finished(self) -> bool:
+        """True if the steps in flight end the request whatever they draw: each draws at least one token unless it finished."""
+        return self.num_known_tokens + self.num_draws_in_flight >= self.max_total_tokens
 
     @property
     def known_token_ids(self) -> list[int]:

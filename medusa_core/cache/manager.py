@@ -98,6 +98,10 @@ class CacheManager:
             self.num_prefix_hit_tokens += num_cached_tokens
         return Allocation(list(table.block_ids), num_cached_tokens)
 
+    def num_slots(self, request: Request) -> int:
+        """Tokens that the request's blocks can hold."""
+        return len(self._tables[request.uid].block_ids) * self.block_size
+
     def num_blocks_missing(self, request: Request, num_slots: int) -> int:
         """Blocks that `extend` would take."""
         return max(0, self.num_blocks_for(num_slots) - len(self._tables[request.uid].block_ids))

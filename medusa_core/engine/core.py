@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from typing import Protocol
+from typing import Literal, Protocol
 
 import msgspec
 
@@ -35,6 +35,10 @@ class Scheduler(Protocol):
 
     def stats(self) -> EngineStats: ...
 
+    def force_tree_size(self, size: int | None) -> None:
+        """Use trees of `size` nodes from the next plan on; None gives the choice back. Raises ConfigError."""
+        ...
+
 
 class EngineCore:
     """A scheduler and a runner, stepped by whoever owns the thread.
@@ -51,6 +55,11 @@ class EngineCore:
         self._step_seconds = 0.0
 
     @property
+    def runner(self) -> Runner:
+        """The device side, for those who measure it."""
+        return self._runner
+
+    @property
     def has_work(self) -> bool:
         """True while `step` can achieve something; a caller may block for commands while it is False."""
         return self._scheduler.has_work or bool(self._pending)
@@ -63,6 +72,13 @@ class EngineCore:
     def abort(self, request_id: str, choice_idx: int | None = None) -> list[TokenDelta]:
         """End one choice, or all; returns their last deltas. Unknown ids and ended choices are ignored."""
         return self._scheduler.abort(request_id, choice_idx)
+
+    def set_tree_size(self, size: int | Literal["auto"]) -> None:
+        """Nodes per tree from the next plan on, root included: 1 is plain decoding, "auto" the rule the engine was configured with.
+
+        Rows beyond `max_step_rows` still shrink the tree. Raises ConfigError, naming the sizes there are, for any other size.
+        """
+        self._scheduler.force_tree_size(None if size == "auto" else size)
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step and return what the oldest finished one emitted, which is nothing while the pipeline fills."""

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from medusa_core.config import NODE_BUCKETS
+from medusa_core.errors import ConfigError
 from medusa_core.scheduler.costs import StepCosts
 
 
@@ -26,6 +27,13 @@ class TreeSizeController(Protocol):
         """Nodes for each of `num_lanes` drafting lanes, in a step that also has lanes of one row and prefill rows."""
         ...
 
+    def force(self, size: int | None) -> None:
+        """Choose `size`, or the largest below it that the row budget allows, until told otherwise; None gives the choice back.
+
+        Raises ConfigError for a size that is not one of `sizes`.
+        """
+        ...
+
     def observe(self, num_nodes: int, num_accepted: int) -> None:
         """One lane's result: draft tokens accepted from a tree of `num_nodes` nodes."""
         ...
@@ -36,28 +44,44 @@ def tree_sizes(max_nodes: int) -> tuple[int, ...]:
     return (*(size for size in NODE_BUCKETS if size < max_nodes), max_nodes)
 
 
-class FixedTreeSize:
+class _SizeLimits:
+    """The sizes there are, and what bounds the choice: the row budget, and a size asked for at run time."""
+
+    def __init__(self, sizes: tuple[int, ...], *, max_step_rows: int) -> None:
+        self.sizes = sizes
+        self.chosen = 1
+        self._max_step_rows = max_step_rows
+        self._forced: int | None = None
+
+    def force(self, size: int | None) -> None:
+        """As TreeSizeController.force."""
+        if size is not None and size not in self.sizes:
+            sizes = ", ".join(map(str, self.sizes))
+            raise ConfigError(f"This engine has no tree of {size} nodes.", hint=f'Its sizes are {sizes}; or "auto".')
+        self._forced = size
+
+    def _allowed(self, num_lanes: int, num_plain_lanes: int) -> tuple[int, ...]:
+        """Sizes up to the forced one whose rows fit; plain decoding always does (max_step_rows >= max_num_seqs)."""
+        max_rows = self._max_step_rows - num_plain_lanes
+        limit = self.sizes[-1] if self._forced is None else self._forced
+        return tuple(size for size in self.sizes if size == 1 or (size <= limit and num_lanes * size <= max_rows))
+
+
+class FixedTreeSize(_SizeLimits):
     """The size asked for, or the largest padded size below it that the row budget allows."""
 
     def __init__(self, num_nodes: int, *, max_step_rows: int) -> None:
-        self.sizes = tree_sizes(num_nodes)
-        self.chosen = 1
-        self._max_step_rows = max_step_rows
+        super().__init__(tree_sizes(num_nodes), max_step_rows=max_step_rows)
 
     def choose(self, num_lanes: int, *, num_plain_lanes: int = 0, num_prefill_rows: int = 0) -> int:
-        self.chosen = allowed_sizes(self.sizes, num_lanes, self._max_step_rows - num_plain_lanes)[-1]
+        self.chosen = self._allowed(num_lanes, num_plain_lanes)[-1]
         return self.chosen
 
     def observe(self, num_nodes: int, num_accepted: int) -> None:
         """A fixed size learns nothing."""
 
 
-def allowed_sizes(sizes: tuple[int, ...], num_lanes: int, max_rows: int) -> tuple[int, ...]:
-    """The sizes whose rows fit `max_rows`; plain decoding always does (max_step_rows >= max_num_seqs)."""
-    return tuple(size for size in sizes if size == 1 or num_lanes * size <= max_rows)
-
-
-class MeasuredTreeSize:
+class MeasuredTreeSize(_SizeLimits):
     """The size with the most tokens per second: (lanes * E(n) + plain lanes) / t(rows).
 
     E(n) - 1, the draft tokens expected per step, comes from calibration and is corrected by live acceptance: one factor, a ratio of
@@ -76,11 +100,9 @@ class MeasuredTreeSize:
     DRIFT_PER_PLAIN_STEP = 0.0001
 
     def __init__(self, expected_tokens: Mapping[int, float], costs: StepCosts, *, max_step_rows: int) -> None:
-        self.sizes = tuple(sorted({1, *expected_tokens}))
-        self.chosen = 1
+        super().__init__(tuple(sorted({1, *expected_tokens})), max_step_rows=max_step_rows)
         self._expected_drafts = {size: expected_tokens[size] - 1.0 if size > 1 else 0.0 for size in self.sizes}
         self._costs = costs
-        self._max_step_rows = max_step_rows
         # Moving averages of accepted and of expected draft tokens; equal at first, and heavy enough to outweigh the first results.
         self._average_accepted = self._average_expected = self._expected_drafts[self.sizes[-1]]
 
@@ -93,8 +115,12 @@ class MeasuredTreeSize:
         return min(max(self._average_accepted / self._average_expected, low), high)
 
     def choose(self, num_lanes: int, *, num_plain_lanes: int = 0, num_prefill_rows: int = 0) -> int:
+        sizes = self._allowed(num_lanes, num_plain_lanes)
+        if self._forced is not None:
+            self.chosen = sizes[-1]
+            return self.chosen
         best_size, best_rate = 1, 0.0
-        for size in allowed_sizes(self.sizes, num_lanes, self._max_step_rows - num_plain_lanes):
+        for size in sizes:
             rate = self._tokens_per_second(size, num_lanes, num_plain_lanes, num_prefill_rows)
             if rate > best_rate * self.MIN_GAIN:
                 best_size, best_rate = size, rate

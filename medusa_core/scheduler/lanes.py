@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import bisect
 import heapq
 
 from medusa_core.request import Request, RequestStatus
 from medusa_core.scheduler.queue import rank
+
+
+def lane_of(request: Request) -> int:
+    """The lane of a request that has one."""
+    assert request.lane is not None
+    return request.lane
 
 
 class LaneTable:
@@ -16,6 +23,8 @@ class LaneTable:
         self._free = list(range(num_lanes))
         self._running: dict[int, Request] = {}
         self._prefill_targets: dict[int, int] = {}
+        # Kept in order: it changes far less often than it is read.
+        self._decoding: list[Request] = []
         self._leaves: list[int] = []
 
     @property
@@ -46,7 +55,8 @@ class LaneTable:
         """Take the lane back. It can be given away at once: a plan's leaves come before its joins."""
         assert request.lane is not None
         del self._running[request.uid]
-        self._prefill_targets.pop(request.uid, None)
+        if self._prefill_targets.pop(request.uid, None) is None:
+            self._decoding.remove(request)
         self._leaves.append(request.lane)
         heapq.heappush(self._free, request.lane)
         request.lane = None
@@ -62,14 +72,15 @@ class LaneTable:
     def end_prefill(self, request: Request) -> None:
         """The last chunk is planned: from the next step on the request decodes."""
         del self._prefill_targets[request.uid]
+        bisect.insort(self._decoding, request, key=rank)
 
     def prefilling(self) -> list[Request]:
         """Requests with chunks to plan, best first."""
         return sorted((self._running[uid] for uid in self._prefill_targets), key=rank)
 
     def decoding(self) -> list[Request]:
-        """Requests whose known tokens are all computed or planned, best first."""
-        return sorted((request for uid, request in self._running.items() if uid not in self._prefill_targets), key=rank)
+        """Requests whose known tokens are all computed or planned, best first. The caller must not change the list."""
+        return self._decoding
 
     def worst(self) -> Request:
         """The request to preempt first. Raises ValueError when none runs."""

@@ -13,7 +13,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from medusa_core.cache.manager import Allocation, CacheManager
 from medusa_core.config import SchedulerConfig
@@ -25,24 +24,8 @@ from medusa_core.scheduler.admission import Limits, check_queue, make_choices
 from medusa_core.scheduler.budget import PrefillBudget
 from medusa_core.scheduler.controller import TreeSizeController
 from medusa_core.scheduler.in_flight import InFlightStep, InFlightSteps
-from medusa_core.scheduler.lanes import LaneTable
+from medusa_core.scheduler.lanes import LaneTable, lane_of
 from medusa_core.scheduler.queue import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class _DecodeLane:
-    """A request that decodes in the step being planned, and the most tokens it can know when that step runs."""
-
-    request: Request
-    max_known_tokens: int
-    can_draft: bool
-
-    def num_nodes(self, tree_size: int) -> int:
-        return tree_size if self.can_draft else 1
-
-    def num_slots(self, tree_size: int) -> int:
-        """Slots the step may write: the root at the last known token's, its tree behind."""
-        return self.max_known_tokens - 1 + self.num_nodes(tree_size)
 
 
 class Scheduler:
@@ -139,6 +122,10 @@ class Scheduler:
                 )
         return deltas
 
+    def force_tree_size(self, size: int | None) -> None:
+        """Use trees of `size` nodes from the next plan on, room permitting; None gives the choice back. Raises ConfigError."""
+        self._controller.force(size)
+
     def schedule(self) -> StepPlan:
         """Plan the next step. A plan that is not empty counts as launched: its result is due in `update`.
 
@@ -184,50 +171,59 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        lanes = [
-            _DecodeLane(request, self._in_flight.max_known_tokens(request), self._can_draft(request))
-            for request in self._lanes.decoding()
-            if not self._in_flight.is_surely_finished(request)
-        ]
-        num_nodes = self._choose_tree_size(lanes)
-        while not self._fits(lanes, num_nodes):
-            if num_nodes > 1:
-                num_nodes = max(size for size in self._controller.sizes if size < num_nodes)
+        requests = [request for request in self._lanes.decoding() if not request.is_surely_finished]
+        tree_size = self._choose_tree_size(requests)
+        while not self._fits(growing := self._growing(requests, tree_size)):
+            if tree_size > 1:
+                tree_size = max(size for size in self._controller.sizes if size < tree_size)
             else:
                 victim = self._lanes.worst()
                 self._preempt(victim)
-                lanes = [lane for lane in lanes if lane.request is not victim]
-        if lanes:
-            self._tree_size = num_nodes
-        lane_ids_by_size: dict[int, list[int]] = {}
-        block_appends = []
-        for lane in lanes:
-            lane_id, size = lane.request.lane, lane.num_nodes(num_nodes)
-            assert lane_id is not None
-            block_ids = self._cache.extend(lane.request, lane.num_slots(num_nodes))
-            if block_ids:
-                block_appends.append(BlockAppend(lane=lane_id, block_ids=block_ids))
-            lane_ids_by_size.setdefault(size, []).append(lane_id)
-            step.add_decode(lane.request, min(self._max_depth, size - 1) + 1)
-        return [DecodeGroup(lanes=lane_ids, num_nodes=size) for size, lane_ids in lane_ids_by_size.items()], block_appends
+                requests = [request for request in requests if request is not victim]
+        block_appends = [
+            BlockAppend(lane=lane_of(request), block_ids=self._cache.extend(request, num_slots)) for request, num_slots in growing
+        ]
+        if requests:
+            self._tree_size = tree_size
+        return self._decode_groups(requests, tree_size, step), block_appends
 
-    def _choose_tree_size(self, lanes: list[_DecodeLane]) -> int:
-        num_drafting = sum(lane.can_draft for lane in lanes)
+    def _growing(self, requests: list[Request], tree_size: int) -> list[tuple[Request, int]]:
+        """Requests whose blocks do not hold all slots that the step may write, with the number of those slots.
+
+        The root is written at the slot of the last known token, its tree behind.
+        """
+        growing = []
+        for request in requests:
+            num_slots = request.max_known_tokens - 1 + (tree_size if self._can_draft(request) else 1)
+            if num_slots > self._cache.num_slots(request):
+                growing.append((request, num_slots))
+        return growing
+
+    def _fits(self, growing: list[tuple[Request, int]]) -> bool:
+        num_missing = sum(self._cache.num_blocks_missing(request, num_slots) for request, num_slots in growing)
+        return num_missing <= self._cache.num_free_blocks
+
+    def _decode_groups(self, requests: list[Request], tree_size: int, step: InFlightStep) -> list[DecodeGroup]:
+        lanes_by_size: dict[int, list[int]] = {}
+        for request in requests:
+            size = tree_size if self._can_draft(request) else 1
+            lanes_by_size.setdefault(size, []).append(lane_of(request))
+            step.add_draw(request, min(self._max_depth, size - 1) + 1)
+        return [DecodeGroup(lanes=lanes, num_nodes=size) for size, lanes in lanes_by_size.items()]
+
+    def _choose_tree_size(self, requests: list[Request]) -> int:
+        num_drafting = sum(map(self._can_draft, requests))
         if num_drafting == 0:
             return 1
         num_missing = sum(self._lanes.prefill_target(r) - r.num_computed_tokens for r in self._lanes.prefilling())
         return self._controller.choose(
             num_drafting,
-            num_plain_lanes=len(lanes) - num_drafting,
+            num_plain_lanes=len(requests) - num_drafting,
             num_prefill_rows=min(num_missing, self._config.max_step_tokens),
         )
 
     def _can_draft(self, request: Request) -> bool:
         return self._max_depth > 0 and request.params.is_speculation_enabled
-
-    def _fits(self, lanes: list[_DecodeLane], num_nodes: int) -> bool:
-        num_missing = sum(self._cache.num_blocks_missing(lane.request, lane.num_slots(num_nodes)) for lane in lanes)
-        return num_missing <= self._cache.num_free_blocks
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue without blocks. Its prompt and output will be computed again, except what is still cached."""

@@ -114,3 +114,13 @@ def test_a_scheduler_that_plans_nothing_for_its_requests_is_an_error_not_a_busy_
     core.submit(make_request([5], max_tokens=3))
     with pytest.raises(EngineError, match="plans no step"):
         core.step()
+
+
+def test_a_tree_size_is_passed_on_and_auto_gives_the_choice_back():
+    core, scheduler, runner = make_core()
+    forced = []
+    scheduler.force_tree_size = forced.append
+    for size in (1, 16, "auto"):
+        core.set_tree_size(size)
+    assert forced == [1, 16, None]
+    assert core.runner is runner

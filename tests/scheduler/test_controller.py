@@ -90,6 +90,27 @@ def test_the_row_budget_holds():
     assert measured(FLAT, max_step_rows=64).choose(8, num_plain_lanes=1) == 4
 
 
+@pytest.mark.parametrize("make", [lambda: measured(ROOFLINE, max_step_rows=64), lambda: FixedTreeSize(64, max_step_rows=64)])
+def test_a_size_can_be_forced_within_the_row_budget_and_given_back(make):
+    controller = make()
+    usual = [controller.choose(lanes) for lanes in (1, 2, 32)]
+    controller.force(16)
+    assert [controller.choose(lanes) for lanes in (1, 4, 5, 64)] == [16, 16, 8, 1]
+    assert controller.choose(4, num_plain_lanes=1) == controller.chosen == 8
+    controller.force(1)
+    assert controller.choose(1) == controller.chosen == 1
+    controller.force(None)
+    assert [controller.choose(lanes) for lanes in (1, 2, 32)] == usual
+
+
+@pytest.mark.parametrize("controller", [measured(FLAT, expected={1: 1.0, 4: 1.5, 8: 1.7}), FixedTreeSize(8, max_step_rows=64)])
+def test_a_forced_size_that_does_not_exist_is_refused_and_changes_nothing(controller):
+    controller.force(4)
+    with pytest.raises(ConfigError, match=r"no tree of 5 nodes.*1, 4, 8"):
+        controller.force(5)
+    assert controller.choose(1) == 4
+
+
 def test_live_acceptance_corrects_the_expectation_within_bounds():
     costs = CostCurve(((1, 1.0), (64, 1.5)))
     controller = measured(costs)

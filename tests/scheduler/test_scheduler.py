@@ -360,3 +360,17 @@ def test_stats_describe_the_moment():
     stats = harness.scheduler.stats()
     assert (stats.num_running, stats.num_waiting, stats.num_blocks_used, stats.num_blocks) == (1, 1, 2, 32)
     assert stats.num_steps_total == 1
+
+
+def test_a_forced_tree_size_holds_from_the_next_plan_on_and_never_changes_tokens():
+    harness = Harness(tree_size=8)
+    harness.add(range(5), max_tokens=40)
+    sizes = []
+    for forced in (4, 1, None):
+        harness.scheduler.force_tree_size(forced)
+        plans = [harness.step() for _ in range(3)]
+        sizes.append({group.num_nodes for plan in plans for group in plan.decode_groups})
+        assert harness.scheduler.stats().tree_size == (forced or 8)
+    assert sizes == [{4}, {1}, {8}]
+    harness.run()
+    harness.assert_all_as_expected()
