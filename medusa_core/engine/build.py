@@ -11,7 +11,7 @@ import torch
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
-from medusa_core.engine.core import EngineCore
+from medusa_core.engine.core import MAX_STOP_TOKEN_IDS, EngineCore
 from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology
 from medusa_core.errors import ConfigError
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
@@ -85,7 +85,15 @@ def assemble_engine(
         device_type=loaded.device.type,
     )
     kv_store = _allocate_kv_store(layer_shapes, num_blocks, config.cache.block_size, loaded)
-    lanes = LaneState(num_lanes, loaded.max_model_len, max_blocks, loaded.hidden_size, loaded.dtype, loaded.device)
+    lanes = LaneState(
+        num_lanes,
+        loaded.max_model_len,
+        max_blocks,
+        loaded.hidden_size,
+        loaded.dtype,
+        loaded.device,
+        max_stop_ids=MAX_STOP_TOKEN_IDS + len(loaded.eos_token_ids),
+    )
     model = _device_model(loaded, heads)
     runner = ModelRunner(model=model, topology=topology, kv_store=kv_store, lanes=lanes, attention=attention)
     controller = choose_controller(
@@ -159,7 +167,7 @@ def _device_model(loaded: LoadedModel, heads: CalibratedHeads | None) -> DeviceM
     return DeviceModel(
         forward=partial(forward_hidden, loaded.model),
         project=loaded.project,
-        draft=None if medusa is None else lambda hidden_BE, num_candidates: medusa.topk(hidden_BE, num_candidates, loaded.project),
+        draft=None if medusa is None else partial(medusa.topk, project=loaded.project),
         eos_token_ids=loaded.eos_token_ids,
         device=loaded.device,
     )

@@ -73,32 +73,32 @@ class MedusaHeads(nn.Module):
             return "own lm_head"
         return "shared lm_head" if self.draft_projection is None else "shared lm_head, reduced draft vocabulary"
 
-    def transform(self, hidden_BE: Tensor) -> Tensor:
-        """The residual blocks alone: [K, B, E], what the output layers read."""
-        x_KBE = hidden_BE.expand(self.num_heads, *hidden_BE.shape)
-        for layer, weight_KEE in enumerate(self.weight_LKEE):
+    def transform(self, hidden_BE: Tensor, num_heads: int | None = None) -> Tensor:
+        """The residual blocks of the first `num_heads` heads (None: all): [K, B, E], what the output layers read."""
+        x_KBE = hidden_BE.expand(num_heads or self.num_heads, *hidden_BE.shape)
+        for layer, weight_KEE in enumerate(self.weight_LKEE[:, :num_heads]):
             if self.bias_LKE is None:
                 y_KBE = torch.bmm(x_KBE, weight_KEE.transpose(1, 2))
             else:
-                y_KBE = torch.baddbmm(self.bias_LKE[layer].unsqueeze(1), x_KBE, weight_KEE.transpose(1, 2))
+                y_KBE = torch.baddbmm(self.bias_LKE[layer, :num_heads].unsqueeze(1), x_KBE, weight_KEE.transpose(1, 2))
             x_KBE = x_KBE + functional.silu(y_KBE)
         return x_KBE
 
-    def forward(self, hidden_BE: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """Draft logits float32 [B, K, V] over the draft vocabulary.
+    def forward(self, hidden_BE: Tensor, project: Callable[[Tensor], Tensor], num_heads: int | None = None) -> Tensor:
+        """Draft logits float32 [B, K, V] over the draft vocabulary, of the first `num_heads` heads (None: all).
 
         project: the base model's projection, used by heads that share its lm_head.
         """
-        x_KBE = self.transform(hidden_BE)
+        x_KBE = self.transform(hidden_BE, num_heads)
         if self.lm_head_KVE is not None:
-            return torch.bmm(x_KBE, self.lm_head_KVE.transpose(1, 2)).float().transpose(0, 1)
+            return torch.bmm(x_KBE, self.lm_head_KVE[:num_heads].transpose(1, 2)).float().transpose(0, 1)
         output = self.draft_projection or project
         logits_RV = output(x_KBE.transpose(0, 1).reshape(-1, self.hidden_size))
-        return logits_RV.view(hidden_BE.shape[0], self.num_heads, -1)
+        return logits_RV.view(hidden_BE.shape[0], x_KBE.shape[0], -1)
 
-    def topk(self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]) -> Tensor:
-        """Each head's best tokens, best first: base vocabulary ids, int64 [B, K, C]."""
-        return self._base_ids(self(hidden_BE, project).topk(num_candidates, dim=-1).indices)
+    def topk(self, hidden_BE: Tensor, num_heads: int, num_candidates: int, *, project: Callable[[Tensor], Tensor]) -> Tensor:
+        """The first heads' best tokens, best first: base vocabulary ids, int64 [B, K, C]."""
+        return self._base_ids(self(hidden_BE, project, num_heads).topk(num_candidates, dim=-1).indices)
 
     def topk_with_logprobs(
         self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]

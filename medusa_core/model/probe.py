@@ -57,7 +57,7 @@ def probe_heads(heads: MedusaHeads, loaded: LoadedModel, token_ids: list[int]) -
     ids_T = torch.tensor(token_ids, device=loaded.device)
     hidden_TE = loaded.base_model(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
     greedy_T = loaded.project(hidden_TE).argmax(dim=-1)
-    drafted_TKC = heads.topk(hidden_TE, _NUM_CANDIDATES, loaded.project)
+    drafted_TKC = heads.topk(hidden_TE, heads.num_heads, _NUM_CANDIDATES, project=loaded.project)
     shares = [_head_accuracy(drafted_TKC[:, head], ids_T, greedy_T, head) for head in range(heads.num_heads)]
     top1, top10, num_positions = zip(*shares, strict=True)
     result = ProbeResult(top1=top1, top10=top10, num_positions=num_positions)

@@ -35,7 +35,8 @@ class KVStore:
         self.block_size = block_size
         self.spare_slot = num_blocks * block_size
         num_slots = self.spare_slot + block_size
-        self._buffers: list[Tensor] = []
+        # (keys [Y, S, G, D], values [Y, S, G, Dv]) of the layers of each shape
+        self.layer_groups: list[tuple[Tensor, Tensor]] = []
         self._layers: list[tuple[Tensor, Tensor]] = [(torch.empty(0), torch.empty(0))] * len(layer_shapes)
         for shape in dict.fromkeys(layer_shapes):
             num_heads, key_dim, value_dim = shape
@@ -43,7 +44,7 @@ class KVStore:
             # Zeros, because masked positions still enter the products: a stray NaN would survive a weight of 0.
             keys = torch.zeros(len(members), num_slots, num_heads, key_dim, dtype=dtype, device=device)
             values = torch.zeros(len(members), num_slots, num_heads, value_dim, dtype=dtype, device=device)
-            self._buffers += [keys, values]
+            self.layer_groups.append((keys, values))
             for row, layer_idx in enumerate(members):
                 self._layers[layer_idx] = (keys[row], values[row])
 
@@ -54,8 +55,9 @@ class KVStore:
     def move(self, source_slots: Tensor, target_slots: Tensor) -> None:
         """Copy slots to other slots in every layer. All sources are read before any target is written, so ranges may overlap;
         equal targets must be the spare slot."""
-        for buffer in self._buffers:
-            buffer[:, target_slots] = buffer[:, source_slots]
+        for group in self.layer_groups:
+            for buffer in group:
+                buffer[:, target_slots] = buffer[:, source_slots]
 
     def context_slots(self, block_table_BX: Tensor) -> Tensor:
         """Slot of each position a block table covers, int64 [B, X * block_size]; the spare slot where it has no block (-1)."""

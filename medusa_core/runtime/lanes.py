@@ -1,6 +1,10 @@
 """Lane state: what the device knows about each running request. Rows of tensors, changed in place by joins and by each step.
 
-Shapes: P lanes of the runner · B lanes of one step · X block-table width · W stop ids · E hidden.
+All changes of a plan go to the device together, in a few copies that wait for nothing: the host builds the next step while the device
+runs this one.
+
+Shapes: P lanes of the runner, and one more that no request ever has · B lanes of one step · J joins of one plan · X block-table
+width · W stop ids · E hidden.
 """
 
 from __future__ import annotations
@@ -8,15 +12,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from medusa_core.params import SamplingParams
-from medusa_core.plan import BlockAppend, LaneJoin
+from medusa_core.plan import LaneJoin, StepPlan
 from medusa_core.sampling.sampler import SamplingRows
 
-_INITIAL_STOP_IDS = 8
+# Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
+_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished")
+_FLOATS = ("temperature", "top_p", "min_p")
+_ENDLESS = 2**31
 
 
 @dataclass(slots=True)
@@ -29,68 +36,68 @@ class HostLane:
 
 
 class LaneState:
-    """All lanes of a runner."""
+    """All lanes of a runner.
+
+    null_lane: a lane that is finished, knows one token and owns no block: it fills steps up to a captured size.
+    max_stop_ids: most EOS and stop ids a request may bring.
+    """
 
     def __init__(
-        self, num_lanes: int, max_model_len: int, max_blocks: int, hidden_size: int, hidden_dtype: torch.dtype, device: torch.device
+        self,
+        num_lanes: int,
+        max_model_len: int,
+        max_blocks: int,
+        hidden_size: int,
+        hidden_dtype: torch.dtype,
+        device: torch.device,
+        *,
+        max_stop_ids: int,
     ) -> None:
+        num_rows = num_lanes + 1
+
         def integers(*shape: int, fill: int = 0) -> Tensor:
             return torch.full(shape, fill, dtype=torch.int64, device=device)
 
-        def floats(fill: float) -> Tensor:
-            return torch.full((num_lanes,), fill, dtype=torch.float32, device=device)
-
         self.device = device
+        self.num_lanes = self.null_lane = num_lanes
         self.max_model_len = max_model_len
         self.host: dict[int, HostLane] = {}
         # one spare column at the end takes writes that must go nowhere
-        self.tokens_PL = integers(num_lanes, max_model_len + 1)
-        self.num_known_P = integers(num_lanes)
-        self.num_prompt_P = integers(num_lanes)
-        self.max_total_P = integers(num_lanes)
-        self.is_finished_P = torch.zeros(num_lanes, dtype=torch.bool, device=device)
+        self.tokens_PL = integers(num_rows, max_model_len + 1)
         # post-norm hidden state at the position before the root: what the heads draft from
-        self.hidden_PE = torch.zeros(num_lanes, hidden_size, dtype=hidden_dtype, device=device)
-        self.block_table_PX = integers(num_lanes, max_blocks, fill=-1)
-        self.key_P = integers(num_lanes)
-        self.temperature_P = floats(0.0)
-        self.top_p_P = floats(1.0)
-        self.min_p_P = floats(0.0)
-        self.top_k_P = integers(num_lanes)
-        self.min_tokens_P = integers(num_lanes)
-        self.stop_ids_PW = integers(num_lanes, _INITIAL_STOP_IDS, fill=-1)
+        self.hidden_PE = torch.zeros(num_rows, hidden_size, dtype=hidden_dtype, device=device)
+        self.block_table_PX = integers(num_rows, max_blocks, fill=-1)
+        self.stop_ids_PW = integers(num_rows, max(max_stop_ids, 1), fill=-1)
+        self._integers = integers(len(_INTEGERS), num_rows)
+        self._floats = torch.zeros(len(_FLOATS), num_rows, dtype=torch.float32, device=device)
+        self.num_known_P, self.num_prompt_P, self.max_total_P, self.key_P, self.top_k_P, self.min_tokens_P, self.is_finished_P = (
+            self._integers
+        )
+        self.temperature_P, self.top_p_P, self.min_p_P = self._floats
+        self.num_known_P[self.null_lane] = 1
+        self.num_prompt_P[self.null_lane] = 1
+        self.is_finished_P[self.null_lane] = 1
 
-    def join(self, join: LaneJoin, eos_token_ids: Sequence[int]) -> None:
-        """Fill a lane from scratch."""
-        lane, params = join.lane, join.params
-        self.host[lane] = HostLane(join.uid, params, 0)
-        self.tokens_PL[lane, : len(join.token_ids)] = self._ids(join.token_ids)
-        self.num_known_P[lane] = len(join.token_ids)
-        self.num_prompt_P[lane] = join.num_prompt_tokens
-        self.max_total_P[lane] = join.max_total_tokens
-        self.is_finished_P[lane] = False
-        self.key_P[lane] = join.noise_key - 2**64 if join.noise_key >= 2**63 else join.noise_key
-        self.temperature_P[lane] = params.temperature
-        self.top_p_P[lane] = params.top_p
-        self.min_p_P[lane] = params.min_p
-        self.top_k_P[lane] = params.top_k
-        self.min_tokens_P[lane] = params.min_tokens
-        stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
-        self._reserve_stop_ids(len(stop_ids))
-        self.stop_ids_PW[lane] = -1
-        self.stop_ids_PW[lane, : len(stop_ids)] = self._ids(stop_ids)
-        self.block_table_PX[lane] = -1
-        self.append_blocks(BlockAppend(lane=lane, block_ids=join.block_ids))
+    def apply(self, plan: StepPlan, eos_token_ids: Sequence[int]) -> None:
+        """Make the lane changes of a plan, in its order: leaves, joins, appended blocks. Rows of lanes left keep stale values until
+        the next join, which writes them all."""
+        for lane in plan.leaves:
+            del self.host[lane]
+        if plan.joins:
+            self._join(plan.joins, eos_token_ids)
+        # (lane, column, block) of each new block
+        blocks: list[tuple[int, int, int]] = []
+        for change in (*plan.joins, *plan.block_appends):
+            host = self.host[change.lane]
+            blocks += [(change.lane, host.num_blocks + column, block_id) for column, block_id in enumerate(change.block_ids)]
+            host.num_blocks += len(change.block_ids)
+        if blocks:
+            lane_n, column_n, block_n = self.upload(np.array(blocks, dtype=np.int64).T)
+            self.block_table_PX[lane_n, column_n] = block_n
 
-    def append_blocks(self, append: BlockAppend) -> None:
-        host = self.host[append.lane]
-        end = host.num_blocks + len(append.block_ids)
-        self.block_table_PX[append.lane, host.num_blocks : end] = self._ids(append.block_ids)
-        host.num_blocks = end
-
-    def leave(self, lane: int) -> None:
-        """Free a lane. Its rows keep stale values until the next join, which writes them all."""
-        del self.host[lane]
+    def is_all_greedy(self, lanes: Sequence[int]) -> bool:
+        """True if no lane draws with noise or must hold back a stop id: then the arg max of the logits is the token."""
+        return all(params.is_greedy and params.min_tokens == 0 for params in (self.host[lane].params for lane in lanes))
 
     def block_table(self, lanes: Sequence[int], index_B: Tensor) -> Tensor:
         """int64 [B, X], as narrow as the lanes allow. `index_B` is `index(lanes)`, made once per step."""
@@ -116,12 +123,38 @@ class LaneState:
 
     def index(self, lanes: Sequence[int]) -> Tensor:
         """int64 [B]."""
-        return self._ids(lanes)
+        return self.upload(np.array(lanes, dtype=np.int64))
 
-    def _ids(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=self.device)
+    def upload(self, values: np.ndarray) -> Tensor:
+        """A copy on the device. From page-locked memory, so that the copy waits for its turn on the device instead of the host."""
+        tensor = torch.from_numpy(np.ascontiguousarray(values))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
-    def _reserve_stop_ids(self, num_ids: int) -> None:
-        width = self.stop_ids_PW.shape[1]
-        if num_ids > width:
-            self.stop_ids_PW = pad(self.stop_ids_PW, (0, max(num_ids, 2 * width) - width), value=-1)
+    def _join(self, joins: Sequence[LaneJoin], eos_token_ids: Sequence[int]) -> None:
+        integers = np.zeros((len(_INTEGERS), len(joins)), dtype=np.int64)
+        floats = np.zeros((len(_FLOATS), len(joins)), dtype=np.float32)
+        stop_ids_JW = np.full((len(joins), self.stop_ids_PW.shape[1]), -1, dtype=np.int64)
+        for number, join in enumerate(joins):
+            params = join.params
+            self.host[join.lane] = HostLane(join.uid, params, 0)
+            # 64 random bits as a signed number
+            key = join.noise_key - 2**64 if join.noise_key >= 2**63 else join.noise_key
+            # Larger than any vocabulary or context is as good as endless, and fits the tensor.
+            top_k, min_tokens = min(params.top_k, _ENDLESS), min(params.min_tokens, _ENDLESS)
+            numbers = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens, key, top_k, min_tokens, 0)
+            integers[:, number] = numbers
+            floats[:, number] = (params.temperature, params.top_p, params.min_p)
+            stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
+            stop_ids_JW[number, : len(stop_ids)] = stop_ids
+        lane_J = self.index([join.lane for join in joins])
+        self._integers[:, lane_J] = self.upload(integers)
+        self._floats[:, lane_J] = self.upload(floats)
+        self.stop_ids_PW[lane_J] = self.upload(stop_ids_JW)
+        self.block_table_PX.index_fill_(0, lane_J, -1)
+        lane_n = np.repeat([join.lane for join in joins], [len(join.token_ids) for join in joins])
+        column_n = np.concatenate([np.arange(len(join.token_ids)) for join in joins])
+        token_n = np.concatenate([np.array(join.token_ids, dtype=np.int64) for join in joins])
+        lane_n, column_n, token_n = self.upload(np.stack([lane_n, column_n, token_n]))
+        self.tokens_PL[lane_n, column_n] = token_n

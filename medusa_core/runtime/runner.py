@@ -16,16 +16,14 @@ from torch import Tensor
 
 from medusa_core.attention.context import PagedContext
 from medusa_core.attention.segments import AttentionBackend, Segment
-from medusa_core.outputs import FinishReason
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
+from medusa_core.runtime.results import lane_result
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Draft, draft_tree
-from medusa_core.speculation.verify import FINISHED_LENGTH, FINISHED_STOP, cut_walk, walk_tree
+from medusa_core.speculation.verify import cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
-
-_FINISH_REASONS = {FINISHED_STOP: FinishReason.STOP, FINISHED_LENGTH: FinishReason.LENGTH}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -33,7 +31,7 @@ class DeviceModel:
     """The model as the runner uses it.
 
     forward: (token_ids_T, position_ids_T, context) -> post-norm hidden_TE. project: hidden_TE -> logits_TV float32.
-    draft: (hidden_BE, k) -> each head's k best tokens, int64 [B, K, k]; None without heads, and every tree has one node.
+    draft: see speculation.drafter.Draft; None without heads, and every tree has one node.
     """
 
     forward: Callable[[Tensor, Tensor, PagedContext], Tensor]
@@ -97,12 +95,7 @@ class ModelRunner:
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingResult:
         """Apply lane changes, run the step's rows, launch verification and commit."""
-        for lane in plan.leaves:
-            self._lanes.leave(lane)
-        for join in plan.joins:
-            self._lanes.join(join, self._model.eos_token_ids)
-        for append in plan.block_appends:
-            self._lanes.append_blocks(append)
+        self._lanes.apply(plan, self._model.eos_token_ids)
         if not plan.has_rows:
             return PendingResult(plan.step_id, [])
         rows = self._pack(plan)
@@ -149,7 +142,7 @@ class ModelRunner:
             tokens_BN = root_B.unsqueeze(1)
         else:
             hidden_BE = self._lanes.hidden_PE[index_B]
-            tokens_BN = draft_tree(self._model.draft, hidden_BE, root_B, tree, self._topology.max_rank)
+            tokens_BN = draft_tree(self._model.draft, hidden_BE, root_B, tree)
         segment = self._segment(group.lanes, index_B, base_B, tree, start_row)
         return _Rows(group.lanes, index_B, segment, tokens_BN, tree, False, True)
 
@@ -178,7 +171,7 @@ class ModelRunner:
             known_B - state.num_prompt_P[index_B],
         )
         room_B = state.max_total_P[index_B] - known_B
-        kept_B, code_B = cut_walk(walk, state.stop_ids_PW[index_B], room_B, state.is_finished_P[index_B])
+        kept_B, code_B = cut_walk(walk, state.stop_ids_PW[index_B], room_B, state.is_finished_P[index_B] > 0)
         if tree.num_nodes > 1:
             self._commit_path(part.segment, walk.node_BL, kept_B)
         level_L = torch.arange(walk.token_ids_BL.shape[1], device=known_B.device)
@@ -188,7 +181,7 @@ class ModelRunner:
         node_B = walk.node_BL.gather(1, (kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         state.hidden_PE[index_B] = hidden_BNE[torch.arange(len(lanes), device=node_B.device), node_B]
         state.num_known_P[index_B] = known_B + kept_B
-        state.is_finished_P[index_B] |= code_B > 0
+        state.is_finished_P[index_B] |= (code_B > 0).to(torch.int64)
         uids = [state.host[lane].uid for lane in lanes]
         return _GroupResult(lanes, uids, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B)
 
@@ -222,25 +215,6 @@ def _verified_rows(part: _Rows, hidden_TE: Tensor) -> Tensor:
 
 
 def _read_group(group: _GroupResult) -> list[LaneResult]:
-    token_ids_BL = group.token_ids_BL.tolist()
-    columns = zip(
-        group.lanes,
-        group.uids,
-        token_ids_BL,
-        group.length_B.tolist(),
-        group.num_kept_B.tolist(),
-        group.finish_code_B.tolist(),
-        strict=True,
-    )
-    return [
-        LaneResult(
-            lane=lane,
-            uid=uid,
-            token_ids=token_ids[:num_kept],
-            num_draft_nodes=group.tree.num_nodes - 1,
-            draft_depth=group.tree.max_depth,
-            num_accepted=min(num_kept, length - 1),
-            finish_reason=_FINISH_REASONS.get(finish_code),
-        )
-        for lane, uid, token_ids, length, num_kept, finish_code in columns
-    ]
+    columns = (group.token_ids_BL, group.length_B, group.num_kept_B, group.finish_code_B)
+    rows = zip(group.lanes, group.uids, *(column.tolist() for column in columns), strict=True)
+    return [lane_result(lane, uid, group.tree, *row) for lane, uid, *row in rows]

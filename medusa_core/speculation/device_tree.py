@@ -15,13 +15,17 @@ class DeviceTree:
     """N nodes, the root first; parents precede children.
 
     parent_N (root -1), depth_N (root 0), rank_N (rank in its head's list; root -1): int64. ancestor_mask_NN: bool, self included.
+    ancestor_bits_N: the same as bits, node j at bit j of an int64 (bit 63 is its sign); empty for a chain of more than 64.
+    max_depth, max_rank: as in TreeTopology.
     """
 
     parent_N: Tensor
     depth_N: Tensor
     rank_N: Tensor
     ancestor_mask_NN: Tensor
+    ancestor_bits_N: Tensor
     max_depth: int
+    max_rank: int
 
     @property
     def num_nodes(self) -> int:
@@ -31,12 +35,15 @@ class DeviceTree:
     def create(cls, topology: TreeTopology, device: torch.device) -> DeviceTree:
         bits = topology.ancestor_mask
         mask = [[bool(bits[i] >> j & 1) for j in range(topology.num_nodes)] for i in range(topology.num_nodes)]
+        signed_bits = [word - 2**64 if word >= 2**63 else word for word in bits]
         return cls(
             parent_N=torch.tensor(topology.parents, dtype=torch.int64, device=device),
             depth_N=torch.tensor(topology.depths, dtype=torch.int64, device=device),
             rank_N=torch.tensor(topology.ranks, dtype=torch.int64, device=device),
             ancestor_mask_NN=torch.tensor(mask, dtype=torch.bool, device=device),
+            ancestor_bits_N=torch.tensor(signed_bits, dtype=torch.int64, device=device),
             max_depth=topology.max_depth,
+            max_rank=topology.max_rank,
         )
 
     @classmethod
@@ -44,4 +51,5 @@ class DeviceTree:
         """A chain of `num_tokens` nodes: how known tokens in a row (a prompt chunk) look to attention."""
         index = torch.arange(num_tokens, device=device)
         mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
-        return cls(index - 1, index, torch.zeros_like(index), mask, num_tokens - 1)
+        no_bits = torch.zeros(0, dtype=torch.int64, device=device)
+        return cls(index - 1, index, torch.zeros_like(index), mask, no_bits, num_tokens - 1, -1)

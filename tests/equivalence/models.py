@@ -106,22 +106,28 @@ class OracleHeads:
             self._next += [sequence[position + 2 :] for position in range(len(sequence))]
         model.set_attn_implementation(implementation)
         self._states_SE = torch.cat(states)
+        # by number of candidates: offers of every known state, int64 [S, K, C], so that a lookup runs on the device alone
+        self._offers: dict[int, Tensor] = {}
         self.num_calls = 0
 
-    def topk(self, hidden_BE: Tensor, num_candidates: int, project: object) -> Tensor:
+    def topk(self, hidden_BE: Tensor, num_heads: int, num_candidates: int, *, project: object) -> Tensor:
         self.num_calls += 1
-        out = torch.empty(hidden_BE.shape[0], self.num_heads, num_candidates, dtype=torch.int64)
-        nearest_B = torch.cdist(hidden_BE.float(), self._states_SE.float()).argmin(dim=1).tolist()
-        for lane, state in enumerate(nearest_B):
-            for head in range(self.num_heads):
-                wrong = [(state * 31 + head * 17 + c * 7) % VOCAB_SIZE for c in range(2 * VOCAB_SIZE)]
-                candidates = list(dict.fromkeys(wrong))[:num_candidates]
-                rank = (state * 13 + head * 5) % 4
-                future = self._next[state]
-                if head < len(future) and rank < num_candidates and future[head] not in candidates:
-                    candidates[rank] = future[head]
-                out[lane, head] = torch.tensor(candidates)
-        return out.to(hidden_BE.device)
+        if num_candidates not in self._offers:
+            offers = [
+                [self._offer(state, head, num_candidates) for head in range(self.num_heads)] for state in range(len(self._next))
+            ]
+            self._offers[num_candidates] = torch.tensor(offers, device=hidden_BE.device)
+        nearest_B = torch.cdist(hidden_BE.float(), self._states_SE.float()).argmin(dim=1)
+        return self._offers[num_candidates][nearest_B, :num_heads]
+
+    def _offer(self, state: int, head: int, num_candidates: int) -> list[int]:
+        wrong = [(state * 31 + head * 17 + c * 7) % VOCAB_SIZE for c in range(2 * VOCAB_SIZE)]
+        candidates = list(dict.fromkeys(wrong))[:num_candidates]
+        rank = (state * 13 + head * 5) % 4
+        future = self._next[state]
+        if head < len(future) and rank < num_candidates and future[head] not in candidates:
+            candidates[rank] = future[head]
+        return candidates
 
 
 def oracle_heads(loaded: LoadedModel, sequences: list[list[int]]) -> CalibratedHeads:

@@ -115,7 +115,7 @@ def test_lm_heads_wider_than_the_vocabulary_are_cut_and_narrower_ones_kept(loade
     tensors = _blocks(SEQUENTIAL) | _lm_heads("{head}.1.weight", num_rows)
     heads = load_heads(_save(tmp_path / "heads.safetensors", tensors), loaded)
     assert heads.draft_vocab_size == num_kept
-    assert int(heads.topk(hidden_BE, 10, loaded.project).max()) < V
+    assert int(heads.topk(hidden_BE, heads.num_heads, 10, project=loaded.project).max()) < V
 
 
 def test_vllm_token_map_with_truncated_lm_heads(loaded, hidden_BE, tmp_path) -> None:

@@ -69,7 +69,7 @@ def test_a_draft_vocabulary_gives_base_ids(projection) -> None:
     hidden_BE = torch.randn(B, E)
     full_BKV = MedusaHeads(weight_LKEE, bias_LKE)(hidden_BE, projection)
     expected_BKC = token_map_V[full_BKV[..., token_map_V].topk(2).indices]
-    assert torch.equal(heads.topk(hidden_BE, 2, projection), expected_BKC)
+    assert torch.equal(heads.topk(hidden_BE, heads.num_heads, 2, project=projection), expected_BKC)
     assert heads.draft_vocab_size == 4
 
 
@@ -77,7 +77,7 @@ def test_logprobs_belong_to_the_tokens_and_are_normalised(projection) -> None:
     heads = MedusaHeads(*_tensors(1, True))
     hidden_BE = torch.randn(B, E)
     token_ids_BKC, logprobs_BKC = heads.topk_with_logprobs(hidden_BE, V, projection)
-    assert torch.equal(token_ids_BKC, heads.topk(hidden_BE, V, projection))
+    assert torch.equal(token_ids_BKC, heads.topk(hidden_BE, heads.num_heads, V, project=projection))
     expected = heads(hidden_BE, projection).log_softmax(-1).gather(-1, token_ids_BKC)
     torch.testing.assert_close(logprobs_BKC, expected)
     torch.testing.assert_close(logprobs_BKC.exp().sum(-1), torch.ones(B, K))
@@ -86,5 +86,12 @@ def test_logprobs_belong_to_the_tokens_and_are_normalised(projection) -> None:
 def test_one_request_gets_the_same_candidates_alone_and_in_a_batch(projection) -> None:
     heads = MedusaHeads(*_tensors(2, True))
     hidden_BE = torch.randn(B, E)
-    alone = torch.cat([heads.topk(hidden_BE[b : b + 1], 3, projection) for b in range(B)])
-    assert torch.equal(heads.topk(hidden_BE, 3, projection), alone)
+    alone = torch.cat([heads.topk(hidden_BE[b : b + 1], heads.num_heads, 3, project=projection) for b in range(B)])
+    assert torch.equal(heads.topk(hidden_BE, heads.num_heads, 3, project=projection), alone)
+
+
+def test_the_first_heads_alone(projection) -> None:
+    heads = MedusaHeads(*_tensors(1, True))
+    hidden_BE = torch.randn(B, E)
+    full_BKC = heads.topk(hidden_BE, heads.num_heads, 3, project=projection)
+    assert torch.equal(heads.topk(hidden_BE, 1, 3, project=projection), full_BKC[:, :1])

@@ -24,7 +24,7 @@ def model() -> DeviceModel:
     return DeviceModel(
         forward=partial(forward_hidden, loaded.model),
         project=loaded.project,
-        draft=lambda hidden_BE, k: torch.zeros(hidden_BE.shape[0], 2, k, dtype=torch.int64),
+        draft=lambda hidden_BE, num_heads, k: torch.zeros(hidden_BE.shape[0], num_heads, k, dtype=torch.int64),
         eos_token_ids=loaded.eos_token_ids,
         device=loaded.device,
     )
@@ -47,7 +47,7 @@ def test_row_costs_leave_the_cache_alone(model: DeviceModel):
 def test_tree_overhead_by_lanes_leaves_the_lanes_free(model: DeviceModel):
     topology = TreeTopology.chain(2)
     store = KVStore(probe_layer_shapes(tiny_model("llama").model), 8, 8, torch.float32, model.device)
-    lanes = LaneState(4, 256, 8, 48, torch.float32, model.device)
+    lanes = LaneState(4, 256, 8, 48, torch.float32, model.device, max_stop_ids=8)
     runner = ModelRunner(model=model, topology=topology, kv_store=store, lanes=lanes, attention=TorchAttention())
     num_blocks = -(-overhead_slots(topology) // 8)
     overhead = measure_tree_overhead(

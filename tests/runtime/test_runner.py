@@ -45,9 +45,9 @@ class ScriptedDraft:
     def __init__(self) -> None:
         self.next_tokens: list[int] = []
 
-    def __call__(self, hidden_BE: Tensor, num_candidates: int) -> Tensor:
-        out = torch.full((1, 3, num_candidates), 1, dtype=torch.int64)
-        for head, (token, rank) in enumerate(zip(self.next_tokens[:3], (1, 1, 0), strict=False)):
+    def __call__(self, hidden_BE: Tensor, num_heads: int, num_candidates: int) -> Tensor:
+        out = torch.full((1, num_heads, num_candidates), 1, dtype=torch.int64)
+        for head, (token, rank) in enumerate(zip(self.next_tokens[:num_heads], (1, 1, 0), strict=False)):
             out[0, head, rank] = token
         return out.to(hidden_BE.device)
 
@@ -67,7 +67,7 @@ class Bench:
             device=loaded.device,
         )
         store = KVStore(probe_layer_shapes(loaded.model), NUM_BLOCKS, BLOCK_SIZE, torch.float32, loaded.device)
-        lanes = LaneState(4, MAX_MODEL_LEN, NUM_BLOCKS, loaded.hidden_size, torch.float32, loaded.device)
+        lanes = LaneState(4, MAX_MODEL_LEN, NUM_BLOCKS, loaded.hidden_size, torch.float32, loaded.device, max_stop_ids=8)
         self.runner = ModelRunner(model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention())
         self._step_id = 0
 

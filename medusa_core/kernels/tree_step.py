@@ -1,0 +1,286 @@
+"""The two ends of a decode step over lane state: what the model is given, and what becomes of its draws.
+
+`pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens drawn down the tree, cuts the path at stop ids
+and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
+
+Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
+X block-table width · E hidden · K heads · C candidates per head.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Columns of a result row behind its L tokens: the tokens drawn (accepted + 1), the tokens kept, the finish code.
+RESULT_LENGTH, RESULT_KEPT, RESULT_CODE, NUM_RESULT_COLUMNS = 0, 1, 2, 3
+# as in speculation/verify.py
+_STOP, _LENGTH = tl.constexpr(1), tl.constexpr(2)
+_HIDDEN_BLOCK = 1024
+
+
+@triton.jit
+def _slot(block_table, lane, column, block_size: tl.constexpr, table_width, spare_slot, mask):
+    """Slot of position `column` of a lane; the spare slot where its table has no block."""
+    block_idx = column // block_size
+    block = tl.load(block_table + lane * table_width + block_idx, mask=mask & (block_idx < table_width), other=-1)
+    return tl.where(block < 0, spare_slot, block * block_size + column % block_size)
+
+
+@triton.jit
+def _pack_kernel(
+    lane_ptr,
+    candidates,
+    depth_ptr,
+    rank_ptr,
+    num_known,
+    num_prompt,
+    tokens,
+    tokens_stride,
+    block_table,
+    table_width,
+    spare_slot,
+    max_position,
+    num_heads,
+    num_candidates,
+    out_token,
+    out_position,
+    out_slot,
+    out_index,
+    out_lane,
+    out_base,
+    num_nodes: tl.constexpr,
+    nodes_padded: tl.constexpr,
+    block_size: tl.constexpr,
+    has_draft: tl.constexpr,
+):
+    b = tl.program_id(0)
+    lane = tl.load(lane_ptr + b)
+    known = tl.load(num_known + lane)
+    base = known - 1
+    node = tl.arange(0, nodes_padded)
+    is_node = node < num_nodes
+    depth = tl.load(depth_ptr + node, mask=is_node, other=0)
+    token = tl.load(tokens + lane * tokens_stride + base + node * 0)
+    if has_draft:
+        rank = tl.load(rank_ptr + node, mask=is_node, other=0)
+        is_draft = is_node & (node > 0)
+        drafted = tl.load(candidates + (b * num_heads + depth - 1) * num_candidates + rank, mask=is_draft, other=0)
+        token = tl.where(node == 0, token, drafted)
+    row = b * num_nodes + node
+    tl.store(out_token + row, token, mask=is_node)
+    tl.store(out_position + row, tl.minimum(base + depth, max_position), mask=is_node)
+    tl.store(out_slot + row, _slot(block_table, lane, base + node, block_size, table_width, spare_slot, is_node), mask=is_node)
+    tl.store(out_index + row, known - tl.load(num_prompt + lane) + depth, mask=is_node)
+    tl.store(out_lane + row, lane + node * 0, mask=is_node)
+    tl.store(out_base + b, base)
+
+
+@triton.jit
+def _walk_kernel(
+    lane_ptr,
+    drawn_ptr,
+    token_ptr,
+    parent_ptr,
+    num_known,
+    max_total,
+    is_finished,
+    stop_ids,
+    tokens,
+    tokens_stride,
+    block_table,
+    table_width,
+    spare_slot,
+    hidden,
+    lane_hidden,
+    result,
+    source,
+    target,
+    num_nodes: tl.constexpr,
+    nodes_padded: tl.constexpr,
+    num_levels: tl.constexpr,
+    num_stop_ids: tl.constexpr,
+    stop_ids_padded: tl.constexpr,
+    hidden_size: tl.constexpr,
+    hidden_block: tl.constexpr,
+    block_size: tl.constexpr,
+):
+    b = tl.program_id(0)
+    lane = tl.load(lane_ptr + b)
+    known = tl.load(num_known + lane)
+    room = tl.load(max_total + lane) - known
+    finished = tl.load(is_finished + lane)
+    node = tl.arange(0, nodes_padded)
+    is_node = node < num_nodes
+    drawn = tl.load(drawn_ptr + b * num_nodes + node, mask=is_node, other=-1)
+    token = tl.load(token_ptr + b * num_nodes + node, mask=is_node, other=-2)
+    parent = tl.load(parent_ptr + node, mask=is_node, other=-2)
+    stop_idx = tl.arange(0, stop_ids_padded)
+    stops = tl.load(stop_ids + lane * num_stop_ids + stop_idx, mask=stop_idx < num_stop_ids, other=-1)
+
+    out = result + b * (num_levels + 3)
+    # scalars of the walk; int64 throughout, as a loop must not change their type
+    current = known * 0
+    is_open = current + 1
+    is_kept = tl.where(finished > 0, current, is_open)
+    length = known * 0
+    kept = known * 0
+    code = known * 0
+    last_node = known * 0
+    for level in range(num_levels):
+        x = tl.sum(tl.where(node == current, drawn, 0))
+        tl.store(out + level, tl.where(is_open > 0, x, -1))
+        length += is_open
+        keeps = is_open * is_kept * (level < room).to(tl.int64)
+        tl.store(tokens + lane * tokens_stride + known + level, x, mask=keeps > 0)
+        # The K/V of an accepted node moves from its place in the tree to its place in the path.
+        has_move = (keeps > 0) & (current != level)
+        source_slot = _slot(block_table, lane, known - 1 + current, block_size, table_width, spare_slot, has_move)
+        target_slot = _slot(block_table, lane, known - 1 + level, block_size, table_width, spare_slot, has_move)
+        tl.store(source + b * num_levels + level, tl.where(has_move, source_slot, -1))
+        tl.store(target + b * num_levels + level, tl.where(has_move, target_slot, -1))
+        kept += keeps
+        last_node = tl.where(keeps > 0, current, last_node)
+        is_stop = tl.max(((stops == x) & (stops >= 0)).to(tl.int64))
+        code = tl.where((keeps > 0) & (is_stop > 0), _STOP, code)
+        is_kept = is_kept * (1 - is_stop * keeps)
+        child = tl.min(tl.where((parent == current) & (token == x) & is_node, node, nodes_padded))
+        is_open = is_open * (child < num_nodes).to(tl.int64)
+        current = tl.where(is_open > 0, child.to(tl.int64), 0)
+    code = tl.where((code == 0) & (kept >= room) & (finished == 0), _LENGTH, code)
+    tl.store(out + num_levels, length)
+    tl.store(out + num_levels + 1, kept)
+    tl.store(out + num_levels + 2, code)
+    tl.store(num_known + lane, known + kept)
+    tl.store(is_finished + lane, tl.where(code > 0, 1, finished))
+    if kept > 0:
+        row = b * num_nodes + last_node
+        for start in range(0, hidden_size, hidden_block):
+            column = start + tl.arange(0, hidden_block)
+            values = tl.load(hidden + row * hidden_size + column, mask=column < hidden_size)
+            tl.store(lane_hidden + lane * hidden_size + column, values, mask=column < hidden_size)
+
+
+def pack_trees(
+    lane_B: Tensor,
+    candidates_BKC: Tensor | None,
+    *,
+    depth_N: Tensor,
+    rank_N: Tensor,
+    num_known_P: Tensor,
+    num_prompt_P: Tensor,
+    tokens_PL: Tensor,
+    block_table_PX: Tensor,
+    block_size: int,
+    spare_slot: int,
+    max_position: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rows of one decode step, from lane state. All tensors int64 and contiguous.
+
+    Args:
+        candidates_BKC: each head's best tokens; None only for a tree of one node.
+        max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
+
+    Returns:
+        token_T, position_T, slot_T (where K/V go; the spare slot beyond a lane's blocks), index_T (index in the output of the token
+        drawn at the row), lane_T, base_B (committed tokens: the root's position).
+    """
+    num_lanes, num_nodes = lane_B.shape[0], depth_N.shape[0]
+    if candidates_BKC is None and num_nodes > 1:
+        raise ValueError("a tree of more than one node needs candidates")
+    candidates = lane_B if candidates_BKC is None else candidates_BKC.contiguous()
+    token_T, position_T, slot_T, index_T, lane_T = lane_B.new_empty(5, num_lanes * num_nodes)
+    base_B = torch.empty_like(lane_B)
+    _pack_kernel[(num_lanes,)](
+        lane_B,
+        candidates,
+        depth_N,
+        rank_N,
+        num_known_P,
+        num_prompt_P,
+        tokens_PL,
+        tokens_PL.stride(0),
+        block_table_PX,
+        block_table_PX.shape[1],
+        spare_slot,
+        max_position,
+        1 if candidates_BKC is None else candidates_BKC.shape[1],
+        1 if candidates_BKC is None else candidates_BKC.shape[2],
+        token_T,
+        position_T,
+        slot_T,
+        index_T,
+        lane_T,
+        base_B,
+        num_nodes=num_nodes,
+        nodes_padded=triton.next_power_of_2(num_nodes),
+        block_size=block_size,
+        has_draft=candidates_BKC is not None,
+        num_warps=1,
+    )
+    return token_T, position_T, slot_T, index_T, lane_T, base_B
+
+
+def walk_trees(
+    lane_B: Tensor,
+    drawn_T: Tensor,
+    token_T: Tensor,
+    hidden_TE: Tensor,
+    *,
+    parent_N: Tensor,
+    num_levels: int,
+    num_known_P: Tensor,
+    max_total_P: Tensor,
+    is_finished_P: Tensor,
+    stop_ids_PW: Tensor,
+    tokens_PL: Tensor,
+    hidden_PE: Tensor,
+    block_table_PX: Tensor,
+    block_size: int,
+    spare_slot: int,
+    result_BR: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Walk each lane's tree along `drawn_T`, the token the model drew at every node, and update the lane.
+
+    Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from) of the lanes in
+    lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1 beyond its end), then how many were drawn, how many
+    kept, and the finish code of speculation/verify.py. A lane that had finished keeps nothing.
+
+    Returns:
+        source_BL, target_BL int64: slots whose K/V must move, -1 where nothing moves.
+    """
+    num_lanes, num_nodes = lane_B.shape[0], parent_N.shape[0]
+    hidden_size = hidden_TE.shape[1]
+    source_BL, target_BL = lane_B.new_empty(2, num_lanes, num_levels)
+    _walk_kernel[(num_lanes,)](
+        lane_B,
+        drawn_T,
+        token_T,
+        parent_N,
+        num_known_P,
+        max_total_P,
+        is_finished_P,
+        stop_ids_PW,
+        tokens_PL,
+        tokens_PL.stride(0),
+        block_table_PX,
+        block_table_PX.shape[1],
+        spare_slot,
+        hidden_TE,
+        hidden_PE,
+        result_BR,
+        source_BL,
+        target_BL,
+        num_nodes=num_nodes,
+        nodes_padded=triton.next_power_of_2(num_nodes),
+        num_levels=num_levels,
+        num_stop_ids=stop_ids_PW.shape[1],
+        stop_ids_padded=triton.next_power_of_2(stop_ids_PW.shape[1]),
+        hidden_size=hidden_size,
+        hidden_block=min(triton.next_power_of_2(hidden_size), _HIDDEN_BLOCK),
+        block_size=block_size,
+        num_warps=1 if num_nodes <= 32 else 2,
+    )
+    return source_BL, target_BL

@@ -1,0 +1,175 @@
+"""Packing and walking trees in kernels: the same rows, paths, cuts and lane state as the torch step."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from medusa_core.kernels.tree_step import pack_trees, walk_trees
+from medusa_core.sampling.sampler import SamplingRows
+from medusa_core.speculation.device_tree import DeviceTree
+from medusa_core.speculation.drafter import draft_tree
+from medusa_core.speculation.verify import cut_walk, walk_tree
+from medusa_core.tree.presets import load_tree
+from medusa_core.tree.topology import TreeTopology
+from tests import options
+
+NUM_LANES, MAX_LEN, BLOCK_SIZE, NUM_BLOCKS, HIDDEN, VOCAB = 5, 40, 4, 30, 6, 7
+SPARE = NUM_BLOCKS * BLOCK_SIZE
+TREES = {
+    "root": TreeTopology(()),
+    "chain": TreeTopology.from_choices([(0,), (0, 0), (0, 0, 0)]),
+    "bushy": TreeTopology.from_choices([(0,), (1,), (2,), (0, 0), (1, 0), (0, 1), (1, 0, 0), (1, 0, 1)]),
+    "preset": load_tree("mc_sim_7b_63"),
+}
+
+
+class Lanes:
+    """Random lane state. Lane 3 has finished."""
+
+    def __init__(self, seed: int, topology: TreeTopology) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        device = options.device
+        self.tree = DeviceTree.create(topology, torch.device(device))
+        self.known = self.ints(3, 20, NUM_LANES)
+        self.prompt = torch.minimum(self.ints(1, 10, NUM_LANES), self.known)
+        self.max_total = self.known + self.ints(1, 8, NUM_LANES)
+        self.finished = torch.tensor([0, 0, 0, 1, 0], device=device)
+        self.tokens = self.ints(0, VOCAB, NUM_LANES, MAX_LEN + 1)
+        table = torch.randperm(NUM_BLOCKS, generator=self.generator)[: NUM_LANES * 6].view(NUM_LANES, 6)
+        table[:, 5] = -1
+        self.table = table.to(device)
+        self.stop_ids = self.ints(-1, VOCAB, NUM_LANES, 3)
+        self.hidden = torch.randn(NUM_LANES, HIDDEN, generator=self.generator).to(device)
+
+    def ints(self, low: int, high: int, *shape: int) -> torch.Tensor:
+        return torch.randint(low, high, shape, generator=self.generator).to(options.device)
+
+    def slots(self, lane_B: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        block_idx = (position // BLOCK_SIZE).clamp(max=5)
+        block = self.table[lane_B.unsqueeze(1), block_idx]
+        is_there = (block >= 0) & (position // BLOCK_SIZE < 6)
+        return torch.where(is_there, block * BLOCK_SIZE + position % BLOCK_SIZE, SPARE)
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("seed", range(4))
+def test_rows_of_a_step(name, seed):
+    state = Lanes(seed, TREES[name])
+    tree = state.tree
+    lane_B = torch.tensor([4, 1, 3], device=options.device)
+    num_heads, num_candidates = max(tree.max_depth, 1), TREES[name].max_rank + 1
+    candidates = state.ints(0, VOCAB, 3, num_heads, num_candidates)
+    token, position, slot, index, lane, base = pack_trees(
+        lane_B,
+        candidates if tree.num_nodes > 1 else None,
+        depth_N=tree.depth_N,
+        rank_N=tree.rank_N,
+        num_known_P=state.known,
+        num_prompt_P=state.prompt,
+        tokens_PL=state.tokens,
+        block_table_PX=state.table,
+        block_size=BLOCK_SIZE,
+        spare_slot=SPARE,
+        max_position=17,
+    )
+    known_B = state.known[lane_B]
+    assert torch.equal(base, known_B - 1)
+    expected = draft_tree(lambda *_: candidates, state.hidden[lane_B], state.tokens[lane_B, base], tree)
+    assert torch.equal(token.view(3, -1), expected)
+    assert torch.equal(position.view(3, -1), (base.unsqueeze(1) + tree.depth_N).clamp(max=17))
+    node_N = torch.arange(tree.num_nodes, device=options.device)
+    assert torch.equal(slot.view(3, -1), state.slots(lane_B, base.unsqueeze(1) + node_N))
+    assert torch.equal(index.view(3, -1), (known_B - state.prompt[lane_B]).unsqueeze(1) + tree.depth_N)
+    assert torch.equal(lane.view(3, -1), lane_B.unsqueeze(1).expand(3, tree.num_nodes))
+
+
+@pytest.mark.parametrize("name", TREES)
+@pytest.mark.parametrize("seed", range(8))
+def test_walk_cut_and_lane_state(name, seed):
+    """Few token ids, so that drafts are often right and stop ids are often met."""
+    state = Lanes(seed + 100, TREES[name])
+    tree = state.tree
+    lane_B = torch.tensor([4, 1, 3, 0], device=options.device)
+    num_lanes, num_levels = len(lane_B), tree.max_depth + 1
+    token_BN = state.ints(0, VOCAB, num_lanes, tree.num_nodes)
+    drawn_BN = state.ints(0, VOCAB, num_lanes, tree.num_nodes)
+    hidden_BNE = torch.randn(num_lanes, tree.num_nodes, HIDDEN, generator=state.generator).to(options.device)
+
+    walk = walk_tree(
+        torch.nn.functional.one_hot(drawn_BN, VOCAB).float(), token_BN, tree, greedy_rows(num_lanes), torch.zeros_like(lane_B)
+    )
+    known_B = state.known[lane_B]
+    kept_B, code_B = cut_walk(walk, state.stop_ids[lane_B], state.max_total[lane_B] - known_B, state.finished[lane_B] > 0)
+    expected_tokens, expected_hidden = state.tokens.clone(), state.hidden.clone()
+    for row, lane in enumerate(lane_B.tolist()):
+        kept = int(kept_B[row])
+        start = int(known_B[row])
+        expected_tokens[lane, start : start + kept] = walk.token_ids_BL[row, :kept]
+        if kept:
+            expected_hidden[lane] = hidden_BNE[row, walk.node_BL[row, kept - 1]]
+
+    result = torch.full((num_lanes, num_levels + 3), -9, device=options.device)
+    source, target = walk_trees(
+        lane_B,
+        drawn_BN.flatten(),
+        token_BN.flatten(),
+        hidden_BNE.flatten(0, 1),
+        parent_N=tree.parent_N,
+        num_levels=num_levels,
+        num_known_P=state.known,
+        max_total_P=state.max_total,
+        is_finished_P=state.finished,
+        stop_ids_PW=state.stop_ids,
+        tokens_PL=state.tokens,
+        hidden_PE=state.hidden,
+        block_table_PX=state.table,
+        block_size=BLOCK_SIZE,
+        spare_slot=SPARE,
+        result_BR=result,
+    )
+    assert torch.equal(result[:, :num_levels], walk.token_ids_BL)
+    assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B], dim=1))
+    assert torch.equal(state.tokens, expected_tokens)
+    assert torch.equal(state.hidden, expected_hidden)
+    assert torch.equal(state.known[lane_B], known_B + kept_B)
+    assert torch.equal(state.finished[lane_B] > 0, (code_B > 0) | (lane_B == 3))
+    level_L = torch.arange(num_levels, device=options.device)
+    has_move = (level_L < kept_B.unsqueeze(1)) & (walk.node_BL != level_L)
+    assert torch.equal(source, torch.where(has_move, state.slots(lane_B, known_B.unsqueeze(1) - 1 + walk.node_BL), -1))
+    assert torch.equal(target, torch.where(has_move, state.slots(lane_B, known_B.unsqueeze(1) - 1 + level_L), -1))
+
+
+def test_the_random_cases_cover_moves_stops_limits_and_full_paths():
+    """Guards the test above: what it compares does happen."""
+    seen = set()
+    for name, topology in TREES.items():
+        for seed in range(8):
+            state = Lanes(seed + 100, topology)
+            lane_B = torch.tensor([4, 1, 3, 0], device=options.device)
+            token_BN = state.ints(0, VOCAB, 4, state.tree.num_nodes)
+            drawn_BN = state.ints(0, VOCAB, 4, state.tree.num_nodes)
+            logits = torch.nn.functional.one_hot(drawn_BN, VOCAB).float()
+            walk = walk_tree(logits, token_BN, state.tree, greedy_rows(4), torch.zeros_like(lane_B))
+            room_B = state.max_total[lane_B] - state.known[lane_B]
+            kept_B, code_B = cut_walk(walk, state.stop_ids[lane_B], room_B, state.finished[lane_B] > 0)
+            seen |= {f"code {code}" for code in code_B.tolist()} | {f"{name} kept {kept}" for kept in kept_B.tolist()}
+    assert {"code 0", "code 1", "code 2", "preset kept 3", "bushy kept 2", "chain kept 2", "root kept 1", "root kept 0"} <= seen
+
+
+def greedy_rows(num_rows: int) -> SamplingRows:
+    zeros = torch.zeros(num_rows, dtype=torch.int64, device=options.device)
+    return SamplingRows(
+        temperature_R=zeros.float(),
+        top_k_R=zeros,
+        top_p_R=zeros.float(),
+        min_p_R=zeros.float(),
+        min_tokens_R=zeros,
+        stop_ids_RW=zeros.unsqueeze(1) - 1,
+        key_R=zeros,
+        is_all_greedy=True,
+        has_top_k=False,
+        has_top_p=False,
+        has_min_p=False,
+        has_min_tokens=False,
+    )
