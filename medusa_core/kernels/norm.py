@@ -1,0 +1,61 @@
+"""RMS norm, with the rounding of transformers' modules: statistics in float32, value rounded before its weight multiplies it."""
+
+# Shape suffixes: T rows · E values per row
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def row_scales(x, row_T, in_rows_T, eps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
+    """1 / root mean square of rows of K values, float32 [BLOCK_T]."""
+    total_T = tl.zeros([BLOCK_T], dtype=tl.float32)
+    for offset in range(0, K, BLOCK_K):
+        k_K = offset + tl.arange(0, BLOCK_K)
+        mask_TK = in_rows_T[:, None] & (k_K < K)[None, :]
+        x_TK = tl.load(x + row_T.to(tl.int64)[:, None] * K + k_K[None, :], mask=mask_TK, other=0.0).to(tl.float32)
+        total_T += tl.sum(x_TK * x_TK, axis=1)
+    return tl.rsqrt(total_T / K + eps)
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, out, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    k_K = tl.arange(0, BLOCK_K)
+    mask_K = k_K < K
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        weight_K = tl.load(weight + k_K, mask=mask_K, other=0.0)
+        tl.extra.cuda.gdc_wait()
+        x_K = tl.load(x + row * K + k_K, mask=mask_K, other=0.0)
+    else:
+        x_K = tl.load(x + row * K + k_K, mask=mask_K, other=0.0)
+        weight_K = tl.load(weight + k_K, mask=mask_K, other=0.0)
+    wide_K = x_K.to(tl.float32)
+    scale = tl.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + eps)
+    rounded_K = (wide_K * scale).to(x_K.dtype)
+    normed_K = rounded_K.to(tl.float32) * weight_K.to(tl.float32)
+    tl.store(out + row * K + k_K, normed_K.to(out.dtype.element_ty), mask=mask_K)
+
+
+def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, *, use_pdl: bool = False) -> Tensor:
+    """x / rms(x) * weight, [T, E] in x's dtype. One launch, one program per row."""
+    num_rows, num_values = x_TE.shape
+    out_TE = torch.empty(num_rows, num_values, dtype=x_TE.dtype, device=x_TE.device)
+    options = {"launch_pdl": True} if use_pdl else {}
+    _rms_norm_kernel[(num_rows,)](
+        x_TE.contiguous(),
+        weight_E,
+        out_TE,
+        eps,
+        K=num_values,
+        BLOCK_K=triton.next_power_of_2(num_values),
+        USE_PDL=use_pdl,
+        num_warps=4 if num_values <= 2048 else 8,
+        **options,
+    )
+    return out_TE
