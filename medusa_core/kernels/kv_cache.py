@@ -1,7 +1,7 @@
 """Writing to the KV cache: new keys and values to their slots, and accepted paths to the slots they end up in.
 
-Shapes: T packed rows · Y layers of one shape · B lanes · L path length · S slots of the cache · G KV heads · D/Dv key and value head
-dim. In kernels: R rows of a program · W elements of a slot.
+Shapes: T packed rows · Y layers of one shape · B lanes · L path length · S slots of the cache · G KV heads · D/Dv key and value
+head dim. In kernels: R rows of a program · W elements of a slot.
 """
 
 from __future__ import annotations
