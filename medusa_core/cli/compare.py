@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import torch
 
+from medusa_core.bench.figures import first_difference
 from medusa_core.config import ModelConfig
 from medusa_core.model.loader import load_model
 from medusa_core.params import SamplingParams
 from medusa_core.sampling.noise import gumbel
 from medusa_core.scheduler.noise import noise_key
+
+__all__ = ["Rescore", "first_difference", "rescore"]
 
 # Near-tie: the float32 gap between the two candidates is within this many units of rounding (machine epsilon times the largest
 # logit). The products of a tree's rows and of a single row are summed in different orders, layer after layer.
@@ -33,14 +36,6 @@ class Rescore:
     @property
     def is_near_tie(self) -> bool:
         return self.gap <= self.tolerance
-
-
-def first_difference(left: list[int], right: list[int]) -> int | None:
-    """Index of the first token that differs, or None. A missing token differs from any."""
-    for index, (a, b) in enumerate(zip(left, right, strict=False)):
-        if a != b:
-            return index
-    return None if len(left) == len(right) else min(len(left), len(right))
 
 
 @torch.inference_mode()

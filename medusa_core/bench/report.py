@@ -1,0 +1,96 @@
+"""results.json, report.md and the plots of a benchmark. The JSON holds everything; the others are drawn from the same objects."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from medusa_core.bench import plots, report_tables
+from medusa_core.bench.latency import LatencyFigures
+from medusa_core.bench.machine import Machine
+from medusa_core.bench.server import ServedRun
+from medusa_core.bench.throughput import ThroughputFigures
+from medusa_core.errors import ConfigError
+from medusa_core.outputs import EngineInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerReport:
+    """model: as the server names it."""
+
+    url: str
+    model: str
+    runs: list[ServedRun]
+    offline_variant: str | None = None
+
+
+Figures = ThroughputFigures | LatencyFigures | ServerReport
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """One benchmark. kind: throughput, latency or server. settings: every option, as given or by default. notes: what to keep in
+    mind when reading the figures."""
+
+    kind: str
+    machine: Machine
+    command: str
+    settings: dict[str, Any]
+    figures: Figures
+    engine: EngineInfo | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder, and make sure that plots can be drawn. Raises ConfigError; call it before anything runs."""
+    plots.require_matplotlib()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}.") from error
+
+
+def write_report(report: Report, folder: Path) -> str:
+    """Write results.json, report.md and PNG files into an existing folder. Returns the text of the report."""
+    (folder / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+    pictures = _draw(report.figures, folder)
+    text = render(report, pictures)
+    (folder / "report.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def render(report: Report, pictures: Sequence[str] = ()) -> str:
+    """The report as Markdown. pictures: file names beside it."""
+    sections = [f"# medusa bench {report.kind}", report_tables.conditions(report.machine, report.engine, report.command)]
+    sections += _tables(report.figures)
+    sections += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
+    if report.notes:
+        sections.append("## Notes\n\n" + "\n".join(f"- {note}" for note in report.notes))
+    settings = "\n".join(f"- `{name}`: {value}" for name, value in report.settings.items())
+    sections.append(f"## Settings\n\n{settings}")
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def _tables(figures: Figures) -> list[str]:
+    if isinstance(figures, ThroughputFigures):
+        return report_tables.throughput(figures)
+    if isinstance(figures, LatencyFigures):
+        return report_tables.latency(figures)
+    return report_tables.served(figures.runs, figures.offline_variant)
+
+
+def _draw(figures: Figures, folder: Path) -> list[str]:
+    """Names of the files written; plots without data are left out."""
+    drawings: dict[str, Callable[[Path], bool]] = {}
+    if isinstance(figures, LatencyFigures):
+        drawings["step_time_by_nodes.png"] = lambda path: plots.step_times(figures.steps, path)
+    else:
+        runs = figures.runs if isinstance(figures, ThroughputFigures) else [run.figures for run in figures.runs]
+        drawings["throughput.png"] = lambda path: plots.throughput(runs, path)
+        drawings["inter_token_latency.png"] = lambda path: plots.inter_token_latency(runs, path)
+        drawings["acceptance_by_category.png"] = lambda path: plots.acceptance_by_category(runs, path)
+    return [name for name, draw in drawings.items() if draw(folder / name)]
