@@ -173,10 +173,9 @@ def tree_attention(
         block_table_PX.stride(0),
         spare_slot,
         scaling,
-        NUM_NODES=num_nodes,
-        NUM_SPLITS=num_splits,
-        # 32 registers of a thread at 128 threads
-        MERGE_SPLITS=max(1, min(triton.next_power_of_2(num_splits), 4096 // (tile.block_rows * constants["BLOCK_V"]))),
+        num_nodes,
+        IS_SPLIT=is_split,
+        MERGE_SPLITS=_merge_splits(tile, constants["BLOCK_V"]),
         **constants,
         BLOCK_M=tile.block_rows,
         BLOCK_C=tile.block_keys,
@@ -259,6 +258,11 @@ def _chunk_tile(num_tile_rows: int, dtype: torch.dtype) -> AttentionTile:
         return _FLOAT32_TILE
     block_rows = min(128, max(16, triton.next_power_of_2(num_tile_rows)))
     return AttentionTile(block_rows=block_rows, block_keys=64, num_warps=4 if block_rows <= 64 else 8, num_stages=3)
+
+
+def _merge_splits(tile: AttentionTile, block_value_dim: int) -> int:
+    """How many splits a merge holds at once: 32 registers of each thread."""
+    return max(1, min(16, 32 * 32 * tile.num_warps // (tile.block_rows * block_value_dim)))
 
 
 def _check_workspace(workspace: SplitWorkspace | None, num_partials: int, value_dim: int) -> None:

@@ -14,7 +14,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 NO_KEYS = tl.constexpr(-1.0e30)
 
 
-@triton.jit
+# Not specialised: one compilation serves all tree sizes and numbers of splits.
+@triton.jit(do_not_specialize=["num_nodes"])
 def tree_kernel(
     query_ptr,
     key_ptr,
@@ -34,8 +35,8 @@ def tree_kernel(
     table_stride,
     spare_slot,
     scaling,
-    NUM_NODES: tl.constexpr,
-    NUM_SPLITS: tl.constexpr,
+    num_nodes,
+    IS_SPLIT: tl.constexpr,
     MERGE_SPLITS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     NUM_REPEATS: tl.constexpr,
@@ -50,24 +51,24 @@ def tree_kernel(
     BLOCK_C: tl.constexpr,
 ):
     """One program per (row tile, split, lane and KV head)."""
-    tile, split = tl.program_id(0), tl.program_id(1)
+    tile, split, num_splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     lane, kv_head = tl.program_id(2) // NUM_KV_HEADS, tl.program_id(2) % NUM_KV_HEADS
     base = tl.load(base_ptr + lane).to(tl.int32)
     # The root comes first in the text, so it sees farthest back.
     first = tl.maximum(base + 1 - WINDOW, 0) if WINDOW > 0 else 0
-    end = base + NUM_NODES
-    split_len = tl.cdiv(tl.cdiv(end - first, NUM_SPLITS), BLOCK_C) * BLOCK_C
+    end = base + num_nodes
+    split_len = tl.cdiv(tl.cdiv(end - first, num_splits), BLOCK_C) * BLOCK_C
     # All programs of a tile agree on this number, so idle ones need not be waited for.
     num_active = tl.cdiv(end - first, split_len)
     if split >= num_active:
         return
 
     index_M = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row_M = index_M < NUM_NODES * NUM_REPEATS
+    is_row_M = index_M < num_nodes * NUM_REPEATS
     # Padding rows repeat the last node: they need no masks until the store.
-    node_M = tl.minimum(index_M // NUM_REPEATS, NUM_NODES - 1)
+    node_M = tl.minimum(index_M // NUM_REPEATS, num_nodes - 1)
     head_M = kv_head * NUM_REPEATS + index_M % NUM_REPEATS
-    row_M = (lane * NUM_NODES + node_M).to(tl.int64)
+    row_M = (lane * num_nodes + node_M).to(tl.int64)
     query_MD = _load_rows(query_ptr + row_M * query_stride_t + head_M * query_stride_h, KEY_DIM, BLOCK_D)
     position_M = base + tl.load(depth_ptr + node_M).to(tl.int32)
     bits_M = tl.load(bits_ptr + node_M)
@@ -88,7 +89,7 @@ def tree_kernel(
         start,
         tl.minimum(start + split_len, end),
         scaling,
-        NUM_NODES,
+        True,
         NUM_KV_HEADS,
         KEY_DIM,
         VALUE_DIM,
@@ -102,17 +103,17 @@ def tree_kernel(
     )
     out_row_M = row_M * (NUM_KV_HEADS * NUM_REPEATS) + head_M
     is_done = True
-    if NUM_SPLITS > 1:
+    if IS_SPLIT:
         unit = tl.program_id(2) * tl.num_programs(0) + tile
         is_done = num_active == 1
         if num_active > 1:
             _store_partial(
-                acc_MV, peak_M, total_M, out_row_M * NUM_SPLITS + split, is_row_M, partial_ptr, statistics_ptr, VALUE_DIM, BLOCK_V
+                acc_MV, peak_M, total_M, out_row_M * num_splits + split, is_row_M, partial_ptr, statistics_ptr, VALUE_DIM, BLOCK_V
             )
             is_done = _arrive(counter_ptr + unit, num_active)
             if is_done:
                 acc_MV, peak_M, total_M = _merge(
-                    out_row_M * NUM_SPLITS,
+                    out_row_M * num_splits,
                     is_row_M,
                     num_active,
                     partial_ptr,
@@ -184,7 +185,7 @@ def chunk_kernel(
         first,
         position + num_rows,
         scaling,
-        0,
+        False,
         NUM_KV_HEADS,
         KEY_DIM,
         VALUE_DIM,
@@ -216,7 +217,7 @@ def _attend(
     start,
     end,
     scaling,
-    NUM_NODES: tl.constexpr,
+    IS_TREE: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     KEY_DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr,
@@ -230,7 +231,7 @@ def _attend(
 ):
     """Online softmax over keys [start, end) of one lane and KV head.
 
-    NUM_NODES 0: causal by position. Else keys from `base` on are tree nodes, visible by bits.
+    IS_TREE: keys from `base` on are nodes, visible by bits. Else all keys up to the query's position are visible.
 
     Returns:
         Weighted sum of values, running maximum of the scores (times log2 e), and sum of weights, float32.
@@ -259,11 +260,9 @@ def _attend(
             score_MC = SOFTCAP * (1.0 - 2.0 / (tl.exp2(score_MC * (2.0 * LOG2E / SOFTCAP)) + 1.0))
 
         key_position_C = slot_C
-        if NUM_NODES > 0:
+        if IS_TREE:
             node_C = slot_C - base
-            word_MC = low_bits_M[:, None]
-            if NUM_NODES > 32:
-                word_MC = tl.where((node_C < 32)[None, :], low_bits_M[:, None], high_bits_M[:, None])
+            word_MC = tl.where((node_C < 32)[None, :], low_bits_M[:, None], high_bits_M[:, None])
             is_visible_MC = (node_C < 0)[None, :] | (((word_MC >> (node_C & 31)[None, :]) & 1) != 0)
             if WINDOW > 0:
                 depth_C = tl.load(depth_ptr + node_C, mask=(node_C >= 0) & is_key_C, other=0).to(tl.int32)
