@@ -29,6 +29,8 @@ from medusa_core.bench.server_process import (
 from medusa_core.errors import ConfigError, EngineError
 
 VARIANT = "server"
+# Settings that both benchmarks have, and that decide what the engine has to do.
+_COMPARED_SETTINGS = ("prompts", "synthetic", "num_prompts", "max_tokens", "temperature", "top_p", "seed")
 _WARM_UP_TOKENS = 16
 
 
@@ -66,10 +68,16 @@ class ServedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineReference:
-    """Tokens per second by load, of one variant of an earlier `medusa bench throughput`."""
+    """Tokens per second by load, of one variant of an earlier `medusa bench throughput`, and that run's settings."""
 
     variant: str
     tokens_per_s: dict[int, float]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def differences(self, settings: Mapping[str, Any]) -> list[str]:
+        """What was asked for otherwise then, in words: a share of such a figure says little."""
+        names = [name for name in _COMPARED_SETTINGS if name in self.settings and self.settings[name] != settings.get(name)]
+        return [f"{name} was {self.settings[name]}, not {settings.get(name)}" for name in names]
 
 
 def first_served_model(address: Address, *, api_key: str | None) -> str:
@@ -95,7 +103,9 @@ def read_offline(path: Path) -> OfflineReference:
     """Speeds from the results.json of `medusa bench throughput`: of speculation if it ran, else of plain decoding. Raises
     ConfigError."""
     try:
-        runs = msgspec.json.decode(path.read_bytes())["figures"]["runs"]
+        results = msgspec.json.decode(path.read_bytes())
+        runs = results["figures"]["runs"]
+        settings = results.get("settings") or {}
         speeds: dict[str, dict[int, float]] = {}
         for run in runs:
             speeds.setdefault(run["variant"], {})[run["concurrency"]] = run["tokens_per_s"]
@@ -103,7 +113,7 @@ def read_offline(path: Path) -> OfflineReference:
         raise ConfigError(f"--offline {path} holds no results of medusa bench throughput ({error}).") from error
     for variant in ("speculation", "plain"):
         if variant in speeds:
-            return OfflineReference(variant=variant, tokens_per_s=speeds[variant])
+            return OfflineReference(variant=variant, tokens_per_s=speeds[variant], settings=settings)
     raise ConfigError(f"--offline {path} has neither speculation nor plain decoding.")
 
 

@@ -1,0 +1,351 @@
+"""`medusa bench`: throughput, latency, server. Each writes results.json, report.md and plots, and prints the report."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import msgspec
+import typer
+
+from medusa_core.bench.http_stream import Address
+from medusa_core.bench.latency import LatencyPlan, run_latency
+from medusa_core.bench.machine import command_line, describe_machine
+from medusa_core.bench.prompts import (
+    Question,
+    Synthetic,
+    TokenPrompt,
+    check_lengths,
+    parse_synthetic,
+    random_prompts,
+    random_texts,
+    read_questions,
+    render_questions,
+)
+from medusa_core.bench.report import Figures, Report, ServerReport, prepare_folder, write_report
+from medusa_core.bench.server import ServerPlan, first_served_model, frontend_pids, read_offline, run_server
+from medusa_core.bench.throughput import (
+    TRANSFORMERS,
+    TRANSFORMERS_PROMPTS,
+    TRANSFORMERS_TOKENS,
+    ThroughputPlan,
+    parse_variants,
+    run_throughput,
+    summarise_throughput,
+)
+from medusa_core.bench.transformers_baseline import run_transformers
+from medusa_core.cli.options import (
+    BenchSeedOption,
+    DeviceOption,
+    DtypeOption,
+    HeadsOption,
+    MaxModelLenOption,
+    MaxTokensOption,
+    ModelOption,
+    NumPromptsOption,
+    OutputOption,
+    PriceOption,
+    PromptsOption,
+    RepeatsOption,
+    RevisionOption,
+    SyntheticOption,
+    TemperatureOption,
+    TopPOption,
+    TreeOption,
+    TrustRemoteCodeOption,
+    VerboseOption,
+    model_config,
+    number_list,
+)
+from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.engine.build import build_engine
+from medusa_core.errors import ConfigError
+from medusa_core.outputs import EngineInfo
+from medusa_core.params import SamplingParams
+from medusa_core.text.processor import TextProcessor
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure this engine, or any OpenAI-compatible server.")
+
+_DEFAULT_OUTPUT = Path("medusa-bench")
+_SCHEDULER = SchedulerConfig()
+_DEFAULT_SYNTHETIC_PROMPTS = 64
+# Lanes beside those asked for, for the prompts that arrive while others decode.
+_MIN_LATENCY_LANES = 32
+
+MaxStepTokensOption = Annotated[int, typer.Option("--max-step-tokens", help="Most prefill tokens in one step.")]
+MaxStepRowsOption = Annotated[int, typer.Option("--max-step-rows", help="Most decode rows (lanes x nodes) in one step.")]
+NumBlocksOption = Annotated[int | None, typer.Option("--num-blocks", help="Blocks of the KV cache; from free memory if not given.")]
+
+
+@bench_app.command()
+def throughput(
+    context: typer.Context,
+    prompts: PromptsOption = None,
+    synthetic: SyntheticOption = None,
+    num_prompts: NumPromptsOption = None,
+    max_tokens: MaxTokensOption = 256,
+    concurrency: Annotated[str, typer.Option(help="Requests at once, a list.")] = "1,8,64,256",
+    variants: Annotated[str, typer.Option(help="Of plain, speculation, tree-N, transformers.")] = "plain,speculation",
+    repeats: RepeatsOption = 2,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: BenchSeedOption = 0,
+    price_per_gpu_hour: PriceOption = None,
+    output: OutputOption = _DEFAULT_OUTPUT,
+    model: ModelOption = None,
+    heads: HeadsOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    tree: TreeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
+    max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
+    num_blocks: NumBlocksOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Tokens per second of the engine itself, in this process, plain and with speculation in turns."""
+    progress = _start(output, verbose)
+    questions, shape = _prompt_source(prompts, synthetic, num_prompts)
+    loads, names = number_list("--concurrency", concurrency), parse_variants(variants)
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        max_tokens=shape.num_output if shape else max_tokens,
+        ignore_eos=shape is not None,
+    )
+    _check_transformers(names, params)
+    model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
+    config = _engine_config(model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree)
+    make_prompts = partial(_token_prompts, questions, shape, num_prompts, seed, trust_remote_code)
+    records = []
+    if TRANSFORMERS in names:
+        records += run_transformers(
+            model_options,
+            make_prompts,
+            num_prompts=TRANSFORMERS_PROMPTS,
+            max_tokens=min(TRANSFORMERS_TOKENS, params.max_tokens or TRANSFORMERS_TOKENS),
+            ignore_eos=params.ignore_eos,
+            repeats=1,
+            progress=progress,
+        )
+    engine_names = tuple(name for name in names if name != TRANSFORMERS)
+    core = build_engine(config, progress=progress)
+    token_prompts = make_prompts(Path(core.info.tokenizer_path), core.info.vocab_size)
+    check_lengths(token_prompts, params.max_tokens or 1, core.info.max_model_len)
+    plan = ThroughputPlan(variants=engine_names, concurrency=loads, repeats=repeats, params=params, seed=seed)
+    records += run_throughput(core, token_prompts, plan, progress=progress)
+    figures = summarise_throughput(records, price_per_gpu_hour=price_per_gpu_hour)
+    _finish(context, "throughput", figures, output, core.info, _throughput_notes(len(token_prompts), loads, names))
+
+
+@bench_app.command()
+def latency(
+    context: typer.Context,
+    lanes: Annotated[str, typer.Option(help="Lanes that decode at once, a list.")] = "1,8,64,256",
+    context_len: Annotated[int, typer.Option(min=1, help="Known tokens of each lane.")] = 1024,
+    num_steps: Annotated[int, typer.Option(min=3, help="Steps per figure; the median counts.")] = 50,
+    prompt_lens: Annotated[str, typer.Option(help="Prompt tokens for the time to the first token, a list.")] = "128,1024,4096",
+    output: OutputOption = _DEFAULT_OUTPUT,
+    model: ModelOption = None,
+    heads: HeadsOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    tree: TreeOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
+    max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
+    num_blocks: NumBlocksOption = None,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """What one step costs, beside the time that reading the weights takes; first tokens; decoding while prompts arrive."""
+    progress = _start(output, verbose)
+    plan = LatencyPlan(
+        lanes=number_list("--lanes", lanes),
+        context_len=context_len,
+        num_steps=num_steps,
+        ttft_lens=number_list("--prompt-lens", prompt_lens),
+    )
+    num_lanes = max(*plan.lanes, _MIN_LATENCY_LANES)
+    model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
+    config = _engine_config(model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree)
+    core = build_engine(config, progress=progress)
+    figures = run_latency(core, config, plan, progress=progress)
+    notes = [
+        "A step's time is the median between results with one step in flight; random tokens, each lane in blocks of its own.",
+        "First tokens and arrivals: random prompts, greedy, no prefix cache, speculation as the engine chooses.",
+    ]
+    _finish(context, "latency", figures, output, core.info, notes)
+
+
+@bench_app.command()
+def server(
+    context: typer.Context,
+    url: Annotated[str, typer.Option(help="Of the server, e.g. http://localhost:8000.")],
+    prompts: PromptsOption = None,
+    synthetic: SyntheticOption = None,
+    num_prompts: NumPromptsOption = None,
+    max_tokens: MaxTokensOption = 256,
+    concurrency: Annotated[str | None, typer.Option(help="Closed loop: requests at once, a list. 1,8,64 if not given.")] = None,
+    request_rate: Annotated[float | None, typer.Option(min=1e-3, help="Open loop instead: requests per second, Poisson.")] = None,
+    processes: Annotated[int, typer.Option(min=1, help="Load processes.")] = 4,
+    repeats: RepeatsOption = 1,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: BenchSeedOption = 0,
+    price_per_gpu_hour: PriceOption = None,
+    output: OutputOption = _DEFAULT_OUTPUT,
+    api_key: Annotated[str | None, typer.Option(help="Sent as bearer token; never written anywhere.")] = None,
+    served_model: Annotated[str | None, typer.Option(help="Name of the model; the server's first if not given.")] = None,
+    server_pid: Annotated[int | None, typer.Option(help="Front end to measure; found by its port if local.")] = None,
+    extra_body: Annotated[str, typer.Option(help="JSON object of further fields for every request.")] = "{}",
+    request_timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one answer.")] = 600.0,
+    offline: Annotated[Path | None, typer.Option(help="results.json of medusa bench throughput to compare with.")] = None,
+    verbose: VerboseOption = False,
+) -> None:
+    """Load on any OpenAI-compatible server, streaming chat completions from several processes."""
+    progress = _start(output, verbose)
+    if concurrency is not None and request_rate is not None:
+        raise ConfigError("--concurrency is a closed loop and --request-rate an open one.", hint="Leave one of them out.")
+    questions, shape = _prompt_source(prompts, synthetic, num_prompts)
+    if shape is not None:
+        questions = random_texts(num_prompts or _DEFAULT_SYNTHETIC_PROMPTS, shape.num_input, seed)
+    reference = read_offline(offline) if offline else None
+    address = Address.parse(url)
+    extra = {"temperature": temperature, "top_p": top_p, **({"ignore_eos": True} if shape else {}), **_json_object(extra_body)}
+    plan = ServerPlan(
+        address=address,
+        model=served_model or first_served_model(address, api_key=api_key),
+        max_tokens=shape.num_output if shape else max_tokens,
+        concurrency=() if request_rate is not None else number_list("--concurrency", concurrency or "1,8,64"),
+        request_rate=request_rate,
+        extra=extra,
+        api_key=api_key,
+        num_processes=processes,
+        repeats=repeats,
+        seed=seed,
+        timeout_s=request_timeout,
+        price_per_gpu_hour=price_per_gpu_hour,
+        server_pids=frontend_pids(address, server_pid),
+    )
+    runs = run_server(plan, questions, offline=reference, progress=progress)
+    figures = ServerReport(url=url, model=plan.model, runs=runs, offline_variant=reference.variant if reference else None)
+    notes = _server_notes(plan, shape)
+    if reference and (differences := reference.differences(_settings(context))):
+        notes.append(f"The offline run is not the same: {'; '.join(differences)}.")
+    _finish(context, "server", figures, output, None, notes)
+
+
+def _start(output: Path, verbose: bool) -> bool:
+    """Set up logging and the output folder. Returns whether to draw progress bars."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    prepare_folder(output)
+    return sys.stderr.isatty()
+
+
+def _finish(context: typer.Context, kind: str, figures: Figures, output: Path, engine: EngineInfo | None, notes: list[str]) -> None:
+    report = Report(
+        kind=kind,
+        machine=describe_machine(),
+        command=command_line(),
+        settings=_settings(context),
+        figures=figures,
+        engine=engine,
+        notes=notes,
+    )
+    print(write_report(report, output))
+
+
+def _settings(context: typer.Context) -> dict[str, Any]:
+    """Every option, given or not, but the key."""
+    params = context.params.items()
+    return {name: str(value) if isinstance(value, Path) else value for name, value in params if name != "api_key"}
+
+
+def _prompt_source(prompts: Path | None, synthetic: str | None, num_prompts: int | None) -> tuple[list[Question], Synthetic | None]:
+    if (prompts is None) == (synthetic is None):
+        raise ConfigError("Give either --prompts with a file of questions, or --synthetic INxOUT.")
+    if prompts is not None:
+        return read_questions(prompts, num_prompts), None
+    return [], parse_synthetic(synthetic or "")
+
+
+def _token_prompts(
+    questions: list[Question],
+    shape: Synthetic | None,
+    num_prompts: int | None,
+    seed: int,
+    trust_remote_code: bool,
+    folder: Path,
+    vocab_size: int,
+) -> list[TokenPrompt]:
+    if shape is not None:
+        return random_prompts(num_prompts or _DEFAULT_SYNTHETIC_PROMPTS, shape.num_input, vocab_size, seed)
+    return render_questions(questions, TextProcessor.load(folder, trust_remote_code=trust_remote_code))
+
+
+def _engine_config(
+    model: ModelConfig,
+    num_lanes: int,
+    max_step_tokens: int,
+    max_step_rows: int,
+    num_blocks: int | None,
+    tree: str,
+) -> EngineConfig:
+    """Without a prefix cache, so that every repetition pays for its prefill."""
+    return EngineConfig(
+        model=model,
+        cache=CacheConfig(enable_prefix_cache=False, num_blocks=num_blocks),
+        scheduler=SchedulerConfig(max_num_seqs=num_lanes, max_step_tokens=max_step_tokens, max_step_rows=max_step_rows),
+        speculation=SpeculationConfig(tree=tree),
+    )
+
+
+def _check_transformers(names: tuple[str, ...], params: SamplingParams) -> None:
+    if TRANSFORMERS not in names:
+        return
+    if not params.is_greedy:
+        raise ConfigError("The variant transformers decodes greedily.", hint="Leave it out, or leave --temperature at 0.")
+    if len(names) == 1:
+        raise ConfigError("The variant transformers is a yard-stick for others.", hint="Add plain or speculation to --variants.")
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        return msgspec.json.decode(text.encode(), type=dict[str, Any])
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--extra-body must be a JSON object: {error}.") from error
+
+
+def _throughput_notes(num_prompts: int, loads: tuple[int, ...], names: tuple[str, ...]) -> list[str]:
+    notes = [
+        "In process, without HTTP. Tokens/s includes prefill; the prefix cache is off, so every repetition pays for it.",
+        "Variants take turns within each repetition; a warm-up at every load came before and is not counted.",
+    ]
+    if num_prompts < max(loads):
+        notes.append(f"There are {num_prompts} prompts, so at most {num_prompts} requests were open at once.")
+    if TRANSFORMERS in names:
+        notes.append(
+            f"transformers ran at most {TRANSFORMERS_PROMPTS} of the prompts and {TRANSFORMERS_TOKENS} tokens of each, with batch "
+            "1, before the others; its equality is over these tokens."
+        )
+    return notes
+
+
+def _server_notes(plan: ServerPlan, shape: Synthetic | None) -> list[str]:
+    notes = [
+        f"{plan.num_processes} load processes; streaming chat completions; tokens as `usage` states them. A delivery is a frame "
+        "with text and may hold several tokens. Failed requests are counted as errors and are in no other figure.",
+        "A server with a prefix cache has seen the prompts before in all but the first run.",
+    ]
+    if shape is not None:
+        notes.append("Synthetic prompts are random words and answers ignore EOS; prompt tokens are about as many as asked for.")
+    if not plan.server_pids:
+        notes.append("The front end's CPU time is unknown: the server is not on this machine, or belongs to another user.")
+    return notes
