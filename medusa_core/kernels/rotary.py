@@ -9,32 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-
-@triton.jit
-def _rotate_half_pair(low_D, high_D, cos_row, sin_row, d_D, mask_D, HALF: tl.constexpr):
-    """Both halves of q * cos + rotate_half(q) * sin, each product rounded to the dtype as elementwise modules round it."""
-    dtype: tl.constexpr = low_D.dtype
-    cos_low_D = tl.load(cos_row + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    cos_high_D = tl.load(cos_row + HALF + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    sin_low_D = tl.load(sin_row + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    sin_high_D = tl.load(sin_row + HALF + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    low_D, high_D = low_D.to(tl.float32), high_D.to(tl.float32)
-    out_low_D = (low_D * cos_low_D).to(dtype).to(tl.float32) - (high_D * sin_low_D).to(dtype).to(tl.float32)
-    out_high_D = (high_D * cos_high_D).to(dtype).to(tl.float32) + (low_D * sin_high_D).to(dtype).to(tl.float32)
-    return out_low_D.to(dtype), out_high_D.to(dtype)
+_BLOCK_HEADS = 16
 
 
 @triton.jit
-def _head_norm(low_D, high_D, weight, eps, d_D, mask_D, HALF: tl.constexpr):
-    """RMS norm over one head."""
-    dtype: tl.constexpr = low_D.dtype
-    low_D, high_D = low_D.to(tl.float32), high_D.to(tl.float32)
-    scale = tl.rsqrt((tl.sum(low_D * low_D, axis=0) + tl.sum(high_D * high_D, axis=0)) / (2 * HALF) + eps)
-    weight_low_D = tl.load(weight + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    weight_high_D = tl.load(weight + HALF + d_D, mask=mask_D, other=0.0).to(tl.float32)
-    low_D = (low_D * scale).to(dtype).to(tl.float32) * weight_low_D
-    high_D = (high_D * scale).to(dtype).to(tl.float32) * weight_high_D
-    return low_D.to(dtype), high_D.to(dtype)
+def _head_norm(low_HD, high_HD, weight_low_HD, weight_high_HD, eps, HALF: tl.constexpr):
+    """RMS norm over each head."""
+    dtype: tl.constexpr = low_HD.dtype
+    low_HD, high_HD = low_HD.to(tl.float32), high_HD.to(tl.float32)
+    total_H = tl.sum(low_HD * low_HD, axis=1) + tl.sum(high_HD * high_HD, axis=1)
+    scale_HD = tl.rsqrt(total_H / (2 * HALF) + eps)[:, None]
+    low_HD = (low_HD * scale_HD).to(dtype).to(tl.float32) * weight_low_HD.to(tl.float32)
+    high_HD = (high_HD * scale_HD).to(dtype).to(tl.float32) * weight_high_HD.to(tl.float32)
+    return low_HD.to(dtype), high_HD.to(dtype)
+
+
+@triton.jit
+def _store_halves(target_HD, low_HD, high_HD, mask_HD, HALF: tl.constexpr):
+    tl.store(target_HD, low_HD, mask=mask_HD)
+    tl.store(target_HD + HALF, high_HD, mask=mask_HD)
 
 
 @triton.jit
@@ -56,40 +49,53 @@ def _rotate_and_write_kernel(
     NUM_HEADS: tl.constexpr,
     NUM_KV_HEADS: tl.constexpr,
     HALF: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
     BLOCK_HALF: tl.constexpr,
     HAS_NORM: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """Grid: (rows, H + 2G); a program handles one head of one row."""
+    """Grid: (rows, blocks of the H + 2G heads). A head is kept as two halves, low and high, which rotate into each other."""
     HEAD_DIM: tl.constexpr = 2 * HALF
     row = tl.program_id(0).to(tl.int64)
-    head = tl.program_id(1)
-    d_D = tl.arange(0, BLOCK_HALF)
-    mask_D = d_D < HALF
+    head_H = tl.program_id(1) * BLOCK_HEADS + tl.arange(0, BLOCK_HEADS)[:, None]
+    d_D = tl.arange(0, BLOCK_HALF)[None, :]
+    in_half_D = d_D < HALF
+    is_query_H = head_H < NUM_HEADS
+    is_key_H = (head_H >= NUM_HEADS) & (head_H < NUM_HEADS + NUM_KV_HEADS)
+    is_value_H = (head_H >= NUM_HEADS + NUM_KV_HEADS) & (head_H < NUM_HEADS + 2 * NUM_KV_HEADS)
+    mask_HD = in_half_D & (head_H < NUM_HEADS + 2 * NUM_KV_HEADS)
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    source = qkv + (row * (NUM_HEADS + 2 * NUM_KV_HEADS) + head) * HEAD_DIM
-    low_D = tl.load(source + d_D, mask=mask_D, other=0.0)
-    high_D = tl.load(source + HALF + d_D, mask=mask_D, other=0.0)
-    if head < NUM_HEADS:
-        if HAS_NORM:
-            low_D, high_D = _head_norm(low_D, high_D, q_norm, eps, d_D, mask_D, HALF)
-        low_D, high_D = _rotate_half_pair(low_D, high_D, cos + row * cos_stride, sin + row * sin_stride, d_D, mask_D, HALF)
-        target = query + (row * NUM_HEADS + head) * HEAD_DIM
-        tl.store(target + d_D, low_D, mask=mask_D)
-        tl.store(target + HALF + d_D, high_D, mask=mask_D)
-    elif head < NUM_HEADS + NUM_KV_HEADS:
-        if HAS_NORM:
-            low_D, high_D = _head_norm(low_D, high_D, k_norm, eps, d_D, mask_D, HALF)
-        low_D, high_D = _rotate_half_pair(low_D, high_D, cos + row * cos_stride, sin + row * sin_stride, d_D, mask_D, HALF)
-        target = key_slots + tl.load(slots + row) * key_slot_stride + (head - NUM_HEADS) * HEAD_DIM
-        tl.store(target + d_D, low_D, mask=mask_D)
-        tl.store(target + HALF + d_D, high_D, mask=mask_D)
-    else:
-        target = value_slots + tl.load(slots + row) * value_slot_stride + (head - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM
-        tl.store(target + d_D, low_D, mask=mask_D)
-        tl.store(target + HALF + d_D, high_D, mask=mask_D)
+    source_HD = qkv + (row * (NUM_HEADS + 2 * NUM_KV_HEADS) + head_H) * HEAD_DIM + d_D
+    low_HD = tl.load(source_HD, mask=mask_HD, other=0.0)
+    high_HD = tl.load(source_HD + HALF, mask=mask_HD, other=0.0)
+    cos_low_D = tl.load(cos + row * cos_stride + d_D, mask=in_half_D, other=0.0).to(tl.float32)
+    cos_high_D = tl.load(cos + row * cos_stride + HALF + d_D, mask=in_half_D, other=0.0).to(tl.float32)
+    sin_low_D = tl.load(sin + row * sin_stride + d_D, mask=in_half_D, other=0.0).to(tl.float32)
+    sin_high_D = tl.load(sin + row * sin_stride + HALF + d_D, mask=in_half_D, other=0.0).to(tl.float32)
+    slot = tl.load(slots + row)
+    value_HD = value_slots + slot * value_slot_stride + (head_H - NUM_HEADS - NUM_KV_HEADS) * HEAD_DIM + d_D
+    _store_halves(value_HD, low_HD, high_HD, in_half_D & is_value_H, HALF)
+
+    if HAS_NORM:
+        norm_low_D = tl.load(q_norm + d_D, mask=in_half_D, other=0.0)
+        norm_high_D = tl.load(q_norm + HALF + d_D, mask=in_half_D, other=0.0)
+        k_norm_low_D = tl.load(k_norm + d_D, mask=in_half_D, other=0.0)
+        k_norm_high_D = tl.load(k_norm + HALF + d_D, mask=in_half_D, other=0.0)
+        norm_low_HD = tl.where(is_query_H, norm_low_D, k_norm_low_D)
+        norm_high_HD = tl.where(is_query_H, norm_high_D, k_norm_high_D)
+        low_HD, high_HD = _head_norm(low_HD, high_HD, norm_low_HD, norm_high_HD, eps, HALF)
+
+    # q * cos + rotate_half(q) * sin, each product rounded to the dtype as elementwise modules round it
+    dtype: tl.constexpr = low_HD.dtype
+    low_HD, high_HD = low_HD.to(tl.float32), high_HD.to(tl.float32)
+    new_low_HD = (low_HD * cos_low_D).to(dtype).to(tl.float32) - (high_HD * sin_low_D).to(dtype).to(tl.float32)
+    new_high_HD = (high_HD * cos_high_D).to(dtype).to(tl.float32) + (low_HD * sin_high_D).to(dtype).to(tl.float32)
+    query_HD = query + (row * NUM_HEADS + head_H) * HEAD_DIM + d_D
+    _store_halves(query_HD, new_low_HD.to(dtype), new_high_HD.to(dtype), in_half_D & is_query_H, HALF)
+    key_HD = key_slots + slot * key_slot_stride + (head_H - NUM_HEADS) * HEAD_DIM + d_D
+    _store_halves(key_HD, new_low_HD.to(dtype), new_high_HD.to(dtype), in_half_D & is_key_H, HALF)
 
 
 def rotate_and_write(
@@ -130,7 +136,9 @@ def rotate_and_write(
         raise ValueError("Cosines and sines must cover the whole head dim of each row, and slots be int64.")
     query_THD = torch.empty(num_rows, num_heads, head_dim, dtype=qkv_TF.dtype, device=qkv_TF.device)
     options = {"launch_pdl": True} if use_pdl else {}
-    _rotate_and_write_kernel[(num_rows, num_heads + 2 * num_kv_heads)](
+    num_all = num_heads + 2 * num_kv_heads
+    block_heads = min(_BLOCK_HEADS, triton.next_power_of_2(num_all))
+    _rotate_and_write_kernel[(num_rows, triton.cdiv(num_all, block_heads))](
         qkv_TF,
         cos_TD,
         sin_TD,
@@ -148,10 +156,11 @@ def rotate_and_write(
         NUM_HEADS=num_heads,
         NUM_KV_HEADS=num_kv_heads,
         HALF=head_dim // 2,
+        BLOCK_HEADS=block_heads,
         BLOCK_HALF=triton.next_power_of_2(head_dim // 2),
         HAS_NORM=q_norm_D is not None,
         USE_PDL=use_pdl,
-        num_warps=1,
+        num_warps=4,
         **options,
     )
     return query_THD

@@ -361,7 +361,8 @@ def skinny_product(
     """
     num_batch, num_rows, num_outputs = out.shape if out.dim() == 3 else (1, *out.shape)
     num_inputs = x.shape[-1]
-    if not (weight.is_contiguous() and out.is_contiguous() and x.stride(-1) == 1 and x.stride(-2) == num_inputs):
+    has_plain_rows = x.stride(-1) == 1 and (num_rows == 1 or x.stride(-2) == num_inputs)
+    if not (has_plain_rows and weight.is_contiguous() and out.is_contiguous()):
         raise ValueError("A skinny product needs contiguous rows.")
     split_size = -(-triton.cdiv(num_inputs, config.split_k) // _SPLIT_ALIGNMENT) * _SPLIT_ALIGNMENT
     split_k = triton.cdiv(num_inputs, split_size)

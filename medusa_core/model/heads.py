@@ -76,12 +76,14 @@ class MedusaHeads(nn.Module):
     def transform(self, hidden_BE: Tensor, num_heads: int | None = None) -> Tensor:
         """The residual blocks of the first `num_heads` heads (None: all): [K, B, E], what the output layers read."""
         x_KBE = hidden_BE.expand(num_heads or self.num_heads, *hidden_BE.shape)
+        block: Callable[[Tensor, Tensor, Tensor | None], Tensor] = _residual_block
+        if hidden_BE.is_cuda and hidden_BE.dtype != torch.float32:
+            # imported here, because a CPU build of torch comes without triton
+            from medusa_core.kernels.linear import heads_block
+
+            block = heads_block
         for layer, weight_KEE in enumerate(self.weight_LKEE[:, :num_heads]):
-            if self.bias_LKE is None:
-                y_KBE = torch.bmm(x_KBE, weight_KEE.transpose(1, 2))
-            else:
-                y_KBE = torch.baddbmm(self.bias_LKE[layer, :num_heads].unsqueeze(1), x_KBE, weight_KEE.transpose(1, 2))
-            x_KBE = x_KBE + functional.silu(y_KBE)
+            x_KBE = block(x_KBE, weight_KEE, None if self.bias_LKE is None else self.bias_LKE[layer, :num_heads])
         return x_KBE
 
     def forward(self, hidden_BE: Tensor, project: Callable[[Tensor], Tensor], num_heads: int | None = None) -> Tensor:
@@ -110,3 +112,11 @@ class MedusaHeads(nn.Module):
 
     def _base_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self.token_map_V is None else self.token_map_V[draft_ids]
+
+
+def _residual_block(x_KBE: Tensor, weight_KEE: Tensor, bias_KE: Tensor | None) -> Tensor:
+    if bias_KE is None:
+        y_KBE = torch.bmm(x_KBE, weight_KEE.transpose(1, 2))
+    else:
+        y_KBE = torch.baddbmm(bias_KE.unsqueeze(1), x_KBE, weight_KEE.transpose(1, 2))
+    return x_KBE + functional.silu(y_KBE)
