@@ -29,6 +29,7 @@ class ServerReport:
 
 
 Figures = ThroughputFigures | LatencyFigures | ServerReport
+_FIGURES: dict[str, type[Figures]] = {"throughput": ThroughputFigures, "latency": LatencyFigures, "server": ServerReport}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,22 +46,41 @@ class Report:
     notes: list[str] = field(default_factory=list)
 
 
-def prepare_folder(folder: Path) -> None:
+def prepare_folder(folder: Path, *, has_plots: bool) -> None:
     """Make the folder, and make sure that plots can be drawn. Raises ConfigError; call it before anything runs."""
-    plots.require_matplotlib()
+    if has_plots:
+        plots.require_matplotlib()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(f"--output {folder}: {error.strerror}.") from error
 
 
-def write_report(report: Report, folder: Path) -> str:
-    """Write results.json, report.md and PNG files into an existing folder. Returns the text of the report."""
+def write_report(report: Report, folder: Path, *, has_plots: bool) -> str:
+    """Write results.json, report.md and, if asked for, PNG files into an existing folder. Returns the text of the report."""
     (folder / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    pictures = _draw(report.figures, folder)
+    pictures = _draw(report.figures, folder) if has_plots else []
     text = render(report, pictures)
     (folder / "report.md").write_text(text, encoding="utf-8")
     return text
+
+
+def read_report(folder: Path) -> Report:
+    """What `write_report` wrote. Raises ConfigError."""
+    path = folder / "results.json"
+    try:
+        data = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+        figures: Figures = msgspec.convert(data.pop("figures"), _FIGURES[data["kind"]])
+        return Report(
+            **data
+            | {
+                "figures": figures,
+                "machine": msgspec.convert(data["machine"], Machine),
+                "engine": msgspec.convert(data["engine"], EngineInfo | None),
+            }
+        )
+    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path} holds no results of this version of medusa bench ({error}).") from error
 
 
 def render(report: Report, pictures: Sequence[str] = ()) -> str:

@@ -1,4 +1,4 @@
-"""`medusa bench`: throughput, latency, server. Each writes results.json, report.md and plots, and prints the report."""
+"""`medusa bench`: throughput, latency, server, and render. Each writes results.json, report.md and plots, and prints the report."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from medusa_core.bench.prompts import (
     read_questions,
     render_questions,
 )
-from medusa_core.bench.report import Figures, Report, ServerReport, prepare_folder, write_report
+from medusa_core.bench.report import Figures, Report, ServerReport, prepare_folder, read_report, write_report
 from medusa_core.bench.server import ServerPlan, first_served_model, frontend_pids, read_offline, run_server
 from medusa_core.bench.throughput import (
     TRANSFORMERS,
@@ -45,6 +45,7 @@ from medusa_core.cli.options import (
     MaxModelLenOption,
     MaxTokensOption,
     ModelOption,
+    NoPlotsOption,
     NumPromptsOption,
     OutputOption,
     PriceOption,
@@ -95,6 +96,7 @@ def throughput(
     seed: BenchSeedOption = 0,
     price_per_gpu_hour: PriceOption = None,
     output: OutputOption = _DEFAULT_OUTPUT,
+    no_plots: NoPlotsOption = False,
     model: ModelOption = None,
     heads: HeadsOption = None,
     revision: RevisionOption = None,
@@ -109,7 +111,7 @@ def throughput(
     verbose: VerboseOption = False,
 ) -> None:
     """Tokens per second of the engine itself, in this process, plain and with speculation in turns."""
-    progress = _start(output, verbose)
+    progress = _start(output, no_plots, verbose)
     questions, shape = _prompt_source(prompts, synthetic, num_prompts)
     loads, names = number_list("--concurrency", concurrency), parse_variants(variants)
     params = SamplingParams(
@@ -151,6 +153,7 @@ def latency(
     num_steps: Annotated[int, typer.Option(min=3, help="Steps per figure; the median counts.")] = 50,
     prompt_lens: Annotated[str, typer.Option(help="Prompt tokens for the time to the first token, a list.")] = "128,1024,4096",
     output: OutputOption = _DEFAULT_OUTPUT,
+    no_plots: NoPlotsOption = False,
     model: ModelOption = None,
     heads: HeadsOption = None,
     revision: RevisionOption = None,
@@ -165,7 +168,7 @@ def latency(
     verbose: VerboseOption = False,
 ) -> None:
     """What one step costs, beside the time that reading the weights takes; first tokens; decoding while prompts arrive."""
-    progress = _start(output, verbose)
+    progress = _start(output, no_plots, verbose)
     plan = LatencyPlan(
         lanes=number_list("--lanes", lanes),
         context_len=context_len,
@@ -201,6 +204,7 @@ def server(
     seed: BenchSeedOption = 0,
     price_per_gpu_hour: PriceOption = None,
     output: OutputOption = _DEFAULT_OUTPUT,
+    no_plots: NoPlotsOption = False,
     api_key: Annotated[str | None, typer.Option(help="Sent as bearer token; never written anywhere.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Name of the model; the server's first if not given.")] = None,
     server_pid: Annotated[int | None, typer.Option(help="Front end to measure; found by its port if local.")] = None,
@@ -210,7 +214,7 @@ def server(
     verbose: VerboseOption = False,
 ) -> None:
     """Load on any OpenAI-compatible server, streaming chat completions from several processes."""
-    progress = _start(output, verbose)
+    progress = _start(output, no_plots, verbose)
     if concurrency is not None and request_rate is not None:
         raise ConfigError("--concurrency is a closed loop and --request-rate an open one.", hint="Leave one of them out.")
     questions, shape = _prompt_source(prompts, synthetic, num_prompts)
@@ -242,10 +246,17 @@ def server(
     _finish(context, "server", figures, output, None, notes)
 
 
-def _start(output: Path, verbose: bool) -> bool:
+@bench_app.command()
+def render(folder: Annotated[Path, typer.Argument(help="Output of an earlier benchmark.")]) -> None:
+    """Write report and plots again from results.json, e.g. on another machine than the one that ran the benchmark."""
+    prepare_folder(folder, has_plots=True)
+    print(write_report(read_report(folder), folder, has_plots=True))
+
+
+def _start(output: Path, no_plots: bool, verbose: bool) -> bool:
     """Set up logging and the output folder. Returns whether to draw progress bars."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    prepare_folder(output)
+    prepare_folder(output, has_plots=not no_plots)
     return sys.stderr.isatty()
 
 
@@ -259,7 +270,7 @@ def _finish(context: typer.Context, kind: str, figures: Figures, output: Path, e
         engine=engine,
         notes=notes,
     )
-    print(write_report(report, output))
+    print(write_report(report, output, has_plots=not context.params["no_plots"]))
 
 
 def _settings(context: typer.Context) -> dict[str, Any]:

@@ -34,6 +34,7 @@ RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Repetition
 PriceOption = Annotated[
     float | None, typer.Option("--price-per-gpu-hour", min=0.0, help="For the price of a million output tokens.")
 ]
+NoPlotsOption = Annotated[bool, typer.Option("--no-plots", help="Draw them later, with medusa bench render.")]
 OutputOption = Annotated[Path, typer.Option("--output", help="Folder for results.json, report.md and plots.")]
 
 

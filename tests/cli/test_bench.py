@@ -78,12 +78,13 @@ def test_throughput_writes_results_report_and_plots(bench, tiny, questions, tmp_
     for name in ("throughput.png", "inter_token_latency.png", "acceptance_by_category.png"):
         assert f"]({name})" in report
         assert (output / name).read_bytes().startswith(PNG)
+    assert bench("render", str(output)) == (0, out, "")
 
 
 def test_latency_writes_results_report_and_plots(bench, tiny, tmp_path):
     code, out, err = bench(
         "latency", "--lanes", "1,3", "--context-len", "10", "--num-steps", "3", "--prompt-lens", "8,4096",
-        "--output", str(tmp_path), *tiny,
+        "--output", str(tmp_path), "--no-plots", *tiny,
     )  # fmt: skip
     assert code == 0, err
     figures = json.loads((tmp_path / "results.json").read_text())["figures"]
@@ -93,7 +94,12 @@ def test_latency_writes_results_report_and_plots(bench, tiny, tmp_path):
     assert [(t["num_prompt_tokens"], t["skipped"] is None) for t in figures["first_tokens"]] == [(8, True), (4096, False)]
     assert [(k["num_lanes"], k["num_nodes"]) for k in figures["kernels"]] == [(1, 1), (1, 16), (3, 1), (3, 16)]
     assert "Not measured: 1025 tokens exceed max_model_len (100)." in out
+    assert "png" not in out
+    results = (tmp_path / "results.json").read_bytes()
+    assert bench("render", str(tmp_path))[0] == 0
+    assert (tmp_path / "results.json").read_bytes() == results
     assert (tmp_path / "step_time_by_nodes.png").read_bytes().startswith(PNG)
+    assert (tmp_path / "report.md").read_text().replace("![step time by nodes](step_time_by_nodes.png)\n\n", "") + "\n" == out
 
 
 @pytest.mark.parametrize(
@@ -146,3 +152,11 @@ def test_the_key_is_not_written_down(monkeypatch):
 
 def test_a_folder_in_no_working_tree_has_no_commit(tmp_path):
     assert git_commit(tmp_path) is None
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"kind": "speed", "figures": {}}', '{"kind": "latency", "figures": {"steps": 1}}'])
+def test_only_results_can_be_rendered(bench, tmp_path, text):
+    (tmp_path / "results.json").write_text(text)
+    code, _, err = bench("render", str(tmp_path))
+    assert code == 2
+    assert "results.json holds no results" in err
