@@ -44,7 +44,8 @@ def is_skinny(x_TE: Tensor) -> bool:
 
 
 def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, is_gated: bool = False) -> SkinnyConfig:
-    """The cut of a product. How the input values are split never depends on `num_rows`, so that rows round alike in any company."""
+    """The cut of a product. How the input values are split never depends on `num_rows`; the order of additions inside a split
+    changes once, beyond 16 rows, where a program no longer holds its share of all rows."""
     num_tiles = -(-num_outputs // 16)
     can_split = not is_gated and num_inputs > _WHOLE_ROW and num_tiles < _ENOUGH_TILES
     split_k = min(-(-num_inputs // _WHOLE_ROW), 8) if can_split else 1
@@ -53,7 +54,7 @@ def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, is_gated:
     if num_tiles >= 16 * _ENOUGH_TILES:
         return SkinnyConfig(block_t=block_t, block_f=64, block_k=min(128, share), num_warps=4, num_stages=4)
     if block_t == 16 and share <= _WHOLE_ROW:
-        return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_warps=4, num_stages=1)
+        return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_warps=8, num_stages=1)
     block_f = 16 if num_tiles < _ENOUGH_TILES else 32
     return SkinnyConfig(block_t=block_t, block_f=block_f, block_k=min(128, share), split_k=split_k, num_stages=5)
 

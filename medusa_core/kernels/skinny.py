@@ -5,7 +5,7 @@ many small programs that each stream some rows of the weight, and does whatever 
 front of it, the bias, SiLU and the residual behind it.
 
 Rounding follows the unfused modules: a norm's value is rounded before its weight multiplies it, a product before anything is added
-to it. A row's result does not depend on how many rows there are: splits and the order of additions are the same for all.
+to it. A row's result depends on the config, which fixes the order of additions, not on the rows beside it.
 
 Shapes: T rows · E (K in the kernel) values per row · F outputs per row · B stacked weights (Medusa heads), a product each · W
 slices of the values.
@@ -62,22 +62,13 @@ def _load_weight(weight, f_F, F, k_K, k_end, row_size: tl.constexpr, IS_MASKED: 
 
 
 @triton.jit
-def _load_weight_slices(weight, f_F, F, k_WK, k_end, row_size: tl.constexpr, IS_MASKED: tl.constexpr):
-    """[W, BLOCK_F, BLOCK_K / W]."""
-    mask_WFK = (f_F < F)[None, :, None]
+def _load_slices(source, row_R, in_rows_R, k_WK, k_end, row_size: tl.constexpr, IS_MASKED: tl.constexpr, POLICY: tl.constexpr):
+    """[W, rows, BLOCK_K / W], of weight rows or of x."""
+    mask_WRK = in_rows_R[None, :, None]
     if IS_MASKED:
-        mask_WFK = mask_WFK & (k_WK < k_end)[:, None, :]
-    pointers_WFK = weight + f_F.to(tl.int64)[None, :, None] * row_size + k_WK[:, None, :]
-    return tl.load(pointers_WFK, mask=mask_WFK, other=0.0, eviction_policy="evict_first")
-
-
-@triton.jit
-def _load_x_slices(x, t_T, in_rows_T, k_WK, k_end, row_size: tl.constexpr, IS_MASKED: tl.constexpr):
-    """[W, BLOCK_T, BLOCK_K / W]."""
-    mask_WTK = in_rows_T[None, :, None]
-    if IS_MASKED:
-        mask_WTK = mask_WTK & (k_WK < k_end)[:, None, :]
-    return tl.load(x + t_T.to(tl.int64)[None, :, None] * row_size + k_WK[:, None, :], mask=mask_WTK, other=0.0)
+        mask_WRK = mask_WRK & (k_WK < k_end)[:, None, :]
+    pointers_WRK = source + row_R.to(tl.int64)[None, :, None] * row_size + k_WK[:, None, :]
+    return tl.load(pointers_WRK, mask=mask_WRK, other=0.0, eviction_policy=POLICY)
 
 
 @triton.jit
@@ -113,16 +104,16 @@ def _sliced_product(
     if USE_PDL:
         # The weight does not depend on the kernel before, so it is read while that one still runs.
         tl.extra.cuda.gdc_launch_dependents()
-        w_WFK = _load_weight_slices(weight, f_F, F, k_WK, k_end, K, IS_MASKED)
+        w_WFK = _load_slices(weight, f_F, f_F < F, k_WK, k_end, K, IS_MASKED, "evict_first")
         if IS_GATED:
-            up_WFK = _load_weight_slices(up, f_F, F, k_WK, k_end, K, IS_MASKED)
+            up_WFK = _load_slices(up, f_F, f_F < F, k_WK, k_end, K, IS_MASKED, "evict_first")
         tl.extra.cuda.gdc_wait()
-        x_WTK = _load_x_slices(x, t_T, in_rows_T, k_WK, k_end, K, IS_MASKED)
+        x_WTK = _load_slices(x, t_T, in_rows_T, k_WK, k_end, K, IS_MASKED, "")
     else:
-        x_WTK = _load_x_slices(x, t_T, in_rows_T, k_WK, k_end, K, IS_MASKED)
-        w_WFK = _load_weight_slices(weight, f_F, F, k_WK, k_end, K, IS_MASKED)
+        x_WTK = _load_slices(x, t_T, in_rows_T, k_WK, k_end, K, IS_MASKED, "")
+        w_WFK = _load_slices(weight, f_F, f_F < F, k_WK, k_end, K, IS_MASKED, "evict_first")
         if IS_GATED:
-            up_WFK = _load_weight_slices(up, f_F, F, k_WK, k_end, K, IS_MASKED)
+            up_WFK = _load_slices(up, f_F, f_F < F, k_WK, k_end, K, IS_MASKED, "evict_first")
     if HAS_NORM:
         if IS_SPLIT:
             scale_T = row_scales(x, t_T, in_rows_T, eps, K, BLOCK_T, BLOCK_K)
