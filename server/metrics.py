@@ -8,7 +8,7 @@ is a plain step, and acceptance length is the number of tokens kept of a step th
 from __future__ import annotations
 
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -52,15 +52,14 @@ class TokenRate:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        # (second, tokens emitted in it), oldest first
-        self._seconds: deque[tuple[int, int]] = deque()
+        # (second, tokens emitted in it), oldest first; one second more than the window, which need not begin with one
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=int(RATE_WINDOW_S) + 1)
 
     def add(self, num_tokens: int) -> None:
         second = int(self._clock())
         if self._seconds and self._seconds[-1][0] == second:
             num_tokens += self._seconds.pop()[1]
         self._seconds.append((second, num_tokens))
-        self._drop_old()
 
     def per_second(self) -> float:
         self._drop_old()
@@ -73,13 +72,18 @@ class TokenRate:
 
 
 class EngineMetrics:
-    """What requests and the engine do, labelled with the model's served name. Created once the model is known."""
+    """What requests and the engine do, labelled with the model's served name. Created once the model is known.
+
+    `update` brings it up to date before a scrape: counts of each step are plain additions until then, as a Prometheus counter costs
+    a lock and ten times as much.
+    """
 
     def __init__(self, registry: CollectorRegistry, *, model_name: str, max_depth: int) -> None:
         self._registry = registry
         self._model_name = model_name
         self.token_rate = TokenRate()
         self._last_stats = EngineStats()
+        self._counts: defaultdict[Counter, int] = defaultdict(int)
         self._create_request_metrics()
         self._create_speculation_metrics(max_depth)
         self._create_engine_metrics()
@@ -101,7 +105,7 @@ class EngineMetrics:
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token, per choice.", TTFT_BUCKETS)
         self._itl = self._histogram(
             "inter_token_latency_seconds",
-            "Time between deltas over tokens kept of the delta, observed once per token.",
+            "Time between arrivals of tokens over the tokens that arrived together, observed once per token.",
             ITL_BUCKETS,
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token, per choice.", LATENCY_BUCKETS)
@@ -152,36 +156,36 @@ class EngineMetrics:
         self._ttft.observe(ttft_s)
         self._queue_time.observe(queue_s)
 
-    def observe_delta(self, delta: TokenDelta, *, num_kept: int, interval_s: float | None) -> None:
-        """Count one delta of one choice, of which `num_kept` tokens survived trimming.
-
-        interval_s: seconds since the choice's previous delta; None for the first.
-        """
-        self._discarded_tokens.inc(len(delta.token_ids) - num_kept)
+    def observe_delta(self, delta: TokenDelta, *, num_kept: int) -> None:
+        """Count one delta of one choice, of which `num_kept` tokens survived trimming."""
+        self.observe_discarded(len(delta.token_ids) - num_kept)
         if num_kept == 0:
             return
-        self._generation_tokens.inc(num_kept)
+        self._counts[self._generation_tokens] += num_kept
         self.token_rate.add(num_kept)
-        if interval_s is not None:
-            for _ in range(num_kept):
-                self._itl.observe(interval_s / num_kept)
         if delta.num_draft_nodes > 0:
             self._observe_draft(delta, num_kept)
         elif not delta.is_first:
-            self._plain_steps.inc()
+            self._counts[self._plain_steps] += 1
+
+    def observe_interval(self, interval_s: float, *, num_tokens: int) -> None:
+        """`num_tokens` kept tokens of a choice arrived together, `interval_s` after those before them."""
+        for _ in range(num_tokens):
+            self._itl.observe(interval_s / num_tokens)
 
     def _observe_draft(self, delta: TokenDelta, num_kept: int) -> None:
         num_accepted = min(delta.num_accepted, num_kept)
-        self._drafts.inc()
-        self._draft_tokens.inc(delta.draft_depth)
-        self._tree_nodes.inc(delta.num_draft_nodes)
-        self._accepted_tokens.inc(num_accepted)
-        self._acceptance_length.observe(num_kept)
+        counts = self._counts
+        counts[self._drafts] += 1
+        counts[self._draft_tokens] += delta.draft_depth
+        counts[self._tree_nodes] += delta.num_draft_nodes
+        counts[self._accepted_tokens] += num_accepted
         for counter in self._accepted_at[:num_accepted]:
-            counter.inc()
+            counts[counter] += 1
+        self._acceptance_length.observe(num_kept)
 
     def observe_discarded(self, num_tokens: int) -> None:
-        self._discarded_tokens.inc(num_tokens)
+        self._counts[self._discarded_tokens] += num_tokens
 
     def observe_finish(self, reason: str, *, e2e_s: float) -> None:
         self._finished.labels(self._model_name, reason).inc()
@@ -189,7 +193,13 @@ class EngineMetrics:
             self._e2e.observe(e2e_s)
 
     def update(self, stats: EngineStats) -> None:
-        """Take over an engine's snapshot. Its totals start again at 0 when the worker is restarted; the counters do not."""
+        """Bring the counters up to date, and take over an engine's snapshot.
+
+        The snapshot's totals start again at 0 when the worker is restarted; the counters do not.
+        """
+        for counter, count in self._counts.items():
+            counter.inc(count)
+        self._counts.clear()
         last = self._last_stats
         has_restarted = stats.num_steps_total < last.num_steps_total
         if has_restarted:

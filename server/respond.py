@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import uuid
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import Callable
 from contextlib import aclosing
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
@@ -15,8 +15,9 @@ from starlette.responses import Response
 from medusa_core.errors import EngineError
 from server.body import read_body
 from server.convert import Job, chat_job, completion_job, new_output
+from server.disconnect import ClientGoneError, unless_gone
 from server.errors import CLIENT_CLOSED_REQUEST, json_response
-from server.generation import ChoiceUpdate, Generation
+from server.generation import ChoiceUpdate, Generation, Updates
 from server.middleware import arrival_s
 from server.protocol.chat import ChatBody
 from server.protocol.common import GenerationBody, encode
@@ -25,12 +26,7 @@ from server.replies import ChatReply, CompletionReply, FinishedChoice, Reply
 from server.serving import Serving
 from server.streaming.sse import TokenStream, frames
 
-T = TypeVar("T")
 B = TypeVar("B", bound=GenerationBody)
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before its answer was ready."""
 
 
 async def respond_to_completion(request: Request, serving: Serving) -> Response:
@@ -65,7 +61,7 @@ async def _respond(
     try:
         if body.stream:
             return await _stream(request, serving, body, generation, reply)
-        return await _unless_gone(request, _whole(generation, reply))
+        return await unless_gone(request.receive, _whole(generation, reply))
     except ClientGoneError:
         return Response(status_code=CLIENT_CLOSED_REQUEST)
 
@@ -73,43 +69,23 @@ async def _respond(
 async def _stream(request: Request, serving: Serving, body: GenerationBody, generation: Generation, reply: Reply) -> Response:
     """Waits for the first update, so that a refusal by the engine (queue full) is still an HTTP status."""
     updates = generation.updates()
-    first = await _unless_gone(request, _first(updates))
+    first = await unless_gone(request.receive, _first(updates))
     content = frames(reply, generation, first, updates, has_usage=body.is_usage_streamed)
     return TokenStream(content, updates, ping_s=serving.settings.sse_ping_s)
 
 
-async def _first(updates: AsyncGenerator[ChoiceUpdate, None]) -> ChoiceUpdate:
-    async for update in updates:
-        return update
+async def _first(updates: Updates) -> list[ChoiceUpdate]:
+    async for batch in updates:
+        return batch
     raise EngineError("The engine ended the request without an answer.", hint="Try again.")
 
 
 async def _whole(generation: Generation, reply: Reply) -> Response:
     choices = [FinishedChoice() for _ in range(generation.num_choices)]
     async with aclosing(generation.updates()) as updates:
-        async for update in updates:
-            choices[update.index].texts.append(update.text)
-            if update.finish_reason is not None:
-                choices[update.index].finish_reason = update.finish_reason
+        async for batch in updates:
+            for update in batch:
+                choices[update.index].texts.append(update.text)
+                if update.finish_reason is not None:
+                    choices[update.index].finish_reason = update.finish_reason
     return json_response(encode(reply.whole(choices, generation.usage)))
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client disconnects: then raises ClientGoneError."""
-    task = asyncio.create_task(work)
-    watcher = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait({task, watcher}, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGoneError
-        return task.result()
-    finally:
-        task.cancel()
-        watcher.cancel()
-        await asyncio.gather(task, watcher, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    """Returns when the client has gone. The body has been read, so nothing else can come."""
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

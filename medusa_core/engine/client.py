@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Protocol
 
 from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
@@ -40,6 +40,14 @@ class EngineClient(Protocol):
 
         Closing the iterator (or cancelling the task that reads it) aborts what still runs. Raises RequestError or CapacityError
         before the first delta, EngineDeadError at any point.
+        """
+        ...
+
+    def generate_many(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[TokenDelta], None]:
+        """Deltas of several requests, until each choice has a finish reason.
+
+        Each item is all that has arrived since the one before, in order and never empty: a caller that is behind gets fewer and
+        longer ones. The first request that fails ends the rest. Otherwise as `generate`.
         """
         ...
 

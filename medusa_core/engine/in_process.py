@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 
 from medusa_core.engine.core import EngineCore
@@ -111,6 +111,9 @@ class InProcessClient:
 
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         return self._streams.generate(request)
+
+    def generate_many(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[TokenDelta], None]:
+        return self._streams.generate_many(requests)
 
     async def abort(self, request_id: str, choice_idx: int | None = None) -> None:
         self._streams.abort(request_id, choice_idx)

@@ -1,10 +1,11 @@
-"""The caller's side of an engine: one stream of deltas per live request. Both clients are made of it."""
+"""The caller's side of an engine: the deltas of live requests, on their way to who reads them. Both clients are made of it."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 
 from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit
 from medusa_core.errors import EngineNotReadyError, InvalidParameterError, MedusaError
@@ -14,13 +15,33 @@ from medusa_core.request import EngineRequest
 Send = Callable[[Command], None]
 
 
+class _Inbox:
+    """What has arrived for one reader. It takes everything at once, so however far it falls behind, it is woken once."""
+
+    __slots__ = ("_has_items", "_items")
+
+    def __init__(self) -> None:
+        self._items: list[TokenDelta | MedusaError] = []
+        self._has_items = asyncio.Event()
+
+    def put(self, item: TokenDelta | MedusaError) -> None:
+        self._items.append(item)
+        self._has_items.set()
+
+    async def take(self) -> list[TokenDelta | MedusaError]:
+        await self._has_items.wait()
+        self._has_items.clear()
+        items, self._items = self._items, []
+        return items
+
+
 class _Stream:
-    """Deltas of one request between the engine and its reader. `num_open`: choices whose end has not arrived."""
+    """One live request. `num_open`: choices whose end has not arrived. A reader of several requests has one inbox for them."""
 
-    __slots__ = ("is_abandoned", "items", "num_open")
+    __slots__ = ("inbox", "is_abandoned", "num_open")
 
-    def __init__(self, num_choices: int) -> None:
-        self.items: asyncio.Queue[TokenDelta | MedusaError] = asyncio.Queue()
+    def __init__(self, num_choices: int, inbox: _Inbox) -> None:
+        self.inbox = inbox
         self.num_open = num_choices
         self.is_abandoned = False
 
@@ -50,20 +71,32 @@ class Streams:
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         """As EngineClient.generate."""
-        stream = self._open(request)
+        async with aclosing(self.generate_many([request])) as batches:
+            async for batch in batches:
+                for delta in batch:
+                    yield delta
+
+    async def generate_many(self, requests: Sequence[EngineRequest]) -> AsyncGenerator[list[TokenDelta], None]:
+        """As EngineClient.generate_many."""
+        inbox = _Inbox()
+        streams: dict[str, _Stream] = {}
         try:
-            num_open = request.params.n
+            for request in requests:
+                streams[request.request_id] = self._open(request, inbox)
+            num_open = sum(request.params.n for request in requests)
             while num_open:
-                item = await stream.items.get()
-                if isinstance(item, MedusaError):
-                    raise item
-                num_open -= item.finish_reason is not None
-                yield item
+                deltas, error = _until_error(await inbox.take())
+                num_open -= sum(delta.finish_reason is not None for delta in deltas)
+                if deltas:
+                    yield deltas
+                if error is not None:
+                    raise error
         finally:
-            if self._streams.get(request.request_id) is stream:
-                # The id stays taken until the engine confirms, so that a late delta cannot reach a new request of the same id.
-                stream.is_abandoned = True
-                self.abort(request.request_id)
+            for request_id, stream in streams.items():
+                if self._streams.get(request_id) is stream:
+                    # The id stays taken until the engine confirms, so that a late delta cannot reach a new request of the same id.
+                    stream.is_abandoned = True
+                    self.abort(request_id)
 
     def abort(self, request_id: str, choice_idx: int | None = None) -> None:
         """As EngineClient.abort."""
@@ -80,18 +113,18 @@ class Streams:
             case Rejected():
                 stream = self._streams.pop(event.request_id, None)
                 if stream is not None:
-                    stream.items.put_nowait(event.error.rebuild())
+                    stream.inbox.put(event.error.rebuild())
             case Failed():
                 self._fail_all(event.error.rebuild())
 
-    def _open(self, request: EngineRequest) -> _Stream:
+    def _open(self, request: EngineRequest, inbox: _Inbox) -> _Stream:
         if self._send is None:
             raise EngineNotReadyError("The engine is not running, or still loading.", hint="Try again when it is ready.")
         if request.request_id in self._streams:
             raise InvalidParameterError(
                 f"request_id {request.request_id!r} belongs to a live request.", param="request_id", hint="Use a new one."
             )
-        stream = self._streams[request.request_id] = _Stream(request.params.n)
+        stream = self._streams[request.request_id] = _Stream(request.params.n, inbox)
         self._send(Submit(request))
         return stream
 
@@ -100,7 +133,7 @@ class Streams:
         if stream is None:
             return
         if not stream.is_abandoned:
-            stream.items.put_nowait(delta)
+            stream.inbox.put(delta)
         if delta.finish_reason is not None:
             stream.num_open -= 1
             if stream.num_open == 0:
@@ -108,5 +141,15 @@ class Streams:
 
     def _fail_all(self, error: MedusaError) -> None:
         for stream in self._streams.values():
-            stream.items.put_nowait(copy.copy(error))  # one each: a raised exception collects its raiser's traceback
+            stream.inbox.put(copy.copy(error))  # one each: a raised exception collects its raiser's traceback
         self._streams.clear()
+
+
+def _until_error(items: list[TokenDelta | MedusaError]) -> tuple[list[TokenDelta], MedusaError | None]:
+    """The deltas before the first error, and that error. What comes behind it belongs to requests that end with it."""
+    deltas: list[TokenDelta] = []
+    for item in items:
+        if isinstance(item, MedusaError):
+            return deltas, item
+        deltas.append(item)
+    return deltas, None

@@ -28,6 +28,8 @@ class Detokenizer:
     Byte-fallback tokens (see Tokenizer.byte_values) are decoded here, a character at a time. Decoders look at whole runs of
     them and replace *every* byte of a run that holds an invalid one; a stream cannot take back characters it has sent, so those
     before the first invalid byte stay.
+
+    `piece_texts`, for tokenizers that have them, spare most tokens all this: between two characters a token's text is known.
     """
 
     def __init__(
@@ -35,10 +37,13 @@ class Detokenizer:
         decode: Callable[[Sequence[int]], str],
         *,
         byte_values: Mapping[int, int] | None = None,
+        piece_texts: Mapping[int, str | None] | None = None,
         prompt_token_ids: Sequence[int] = (),
     ) -> None:
-        """`prompt_token_ids`: tokens that the output continues; none if the output is a text of its own."""
+        """`byte_values`, `piece_texts`: the tokenizer's. `prompt_token_ids`: tokens that the output continues; none if the output
+        is a text of its own."""
         self._decode = decode
+        self._piece_texts = piece_texts
         self._byte_values = byte_values or {}
         self._byte_run: list[int] = []
         self._context: list[int] = []
@@ -48,9 +53,16 @@ class Detokenizer:
         if not self._byte_values and self._decode(self._context).endswith(_REPLACEMENT):
             # The prompt ends inside a character, which the output completes.
             self._num_shown -= 1
+            self._is_inside_character = True
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this token; often empty or more than the token's own."""
+        if self._piece_texts is not None and not self._pending and not self._is_inside_character:
+            text = self._piece_texts[token_id]
+            if text is not None:
+                if text:
+                    self._context, self._num_shown = [token_id], len(text)
+                return text
         if token_id in self._byte_values:
             return self._push_byte(token_id)
         return self._end_byte_run() + self._push_piece(token_id)
@@ -123,3 +135,4 @@ class Detokenizer:
         self._context = token_ids
         self._pending = []
         self._num_shown = len(self._decode(token_ids))
+        self._is_inside_character = False

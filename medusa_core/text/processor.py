@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from medusa_core.errors import InvalidParameterError
 from medusa_core.text.chat_template import ChatTemplate, read_chat_template
@@ -15,8 +14,7 @@ from medusa_core.text.stop_strings import StopMatcher
 from medusa_core.text.tokenizer import Tokenizer
 
 
-@dataclass(frozen=True, slots=True)
-class TextDelta:
+class TextDelta(NamedTuple):
     """What one push adds to an output.
 
     num_tokens: how many of the pushed tokens belong to the output. After a stop string, those up to and including the token
@@ -142,5 +140,10 @@ class TextProcessor:
             chat answer, which is a text of its own.
         """
         decode = partial(self._tokenizer.decode, skip_special_tokens=skip_special_tokens)
-        detokenizer = Detokenizer(decode, byte_values=self._tokenizer.byte_values, prompt_token_ids=prompt_token_ids)
+        detokenizer = Detokenizer(
+            decode,
+            byte_values=self._tokenizer.byte_values,
+            piece_texts=self._tokenizer.piece_texts(skip_special_tokens=skip_special_tokens),
+            prompt_token_ids=prompt_token_ids,
+        )
         return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids)

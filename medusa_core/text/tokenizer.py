@@ -2,11 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from medusa_core.errors import InvalidParameterError, ModelLoadError
+
+
+class PieceTexts(dict[int, str | None]):
+    """The text of each token wherever it stands; None if that is not known: the token holds a part of a character.
+
+    Filled as tokens are looked up, so that each is decoded once.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        super().__init__()
+        self._decode = decode
+
+    def __missing__(self, token_id: int) -> str | None:
+        text = self._decode([token_id])
+        piece = self[token_id] = None if "\ufffd" in text else text
+        return piece
 
 
 class Tokenizer:
@@ -20,6 +37,9 @@ class Tokenizer:
     def __init__(self, hf_tokenizer: Any) -> None:
         self.hf_tokenizer = hf_tokenizer
         self.byte_values: Mapping[int, int] = _byte_fallback_values(hf_tokenizer)
+        self._piece_texts: dict[bool, PieceTexts] = {}
+        if _is_byte_level(hf_tokenizer):
+            self._piece_texts = {skip: PieceTexts(partial(self.decode, skip_special_tokens=skip)) for skip in (True, False)}
         # A tokenizer.json may carry truncation or padding; the first call switches both off, which changes the shared tokenizer.
         # Doing it here leaves nothing to change for calls that run in parallel.
         hf_tokenizer.encode("")
@@ -63,6 +83,23 @@ class Tokenizer:
             list(token_ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
         )
         return text
+
+    def piece_texts(self, *, skip_special_tokens: bool = True) -> PieceTexts | None:
+        """Texts of tokens for tokenizers that give a token the same bytes whatever is around it; None for others."""
+        return self._piece_texts.get(skip_special_tokens)
+
+
+def _is_byte_level(hf_tokenizer: Any) -> bool:
+    """True if tokens stand for bytes, as in GPT-2's scheme, and nothing but the library turns them into text."""
+    from tokenizers.decoders import ByteLevel
+    from transformers import PreTrainedTokenizerFast
+
+    cls = type(hf_tokenizer)
+    return (
+        isinstance(hf_tokenizer, PreTrainedTokenizerFast)
+        and isinstance(hf_tokenizer.backend_tokenizer.decoder, ByteLevel)
+        and (cls.decode, cls._decode) == (PreTrainedTokenizerFast.decode, PreTrainedTokenizerFast._decode)
+    )
 
 
 def _byte_fallback_values(hf_tokenizer: Any) -> dict[int, int]:

@@ -2,22 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, Iterable
+from contextlib import aclosing, suppress
 
-from sse_starlette import EventSourceResponse
+import msgspec
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
+from server.disconnect import ClientGoneError, unless_gone
 from server.errors import error_body, internal_error_body
-from server.generation import ChoiceUpdate, Generation
+from server.generation import ChoiceUpdate, Generation, Updates
 from server.protocol.common import encode
 from server.replies import Reply
 
 logger = logging.getLogger(__name__)
 
 DONE = b"data: [DONE]\n\n"
+# A line that starts with a colon is a comment.
+PING = b": ping\n\n"
+
+_HEADERS = {
+    "cache-control": "no-store",
+    # Asks nginx to pass frames on as they come.
+    "x-accel-buffering": "no",
+}
 
 
 def frame(data: bytes) -> bytes:
@@ -25,22 +36,16 @@ def frame(data: bytes) -> bytes:
 
 
 async def frames(
-    reply: Reply,
-    generation: Generation,
-    first: ChoiceUpdate,
-    updates: AsyncGenerator[ChoiceUpdate, None],
-    *,
-    has_usage: bool,
+    reply: Reply, generation: Generation, first: list[ChoiceUpdate], updates: Updates, *, has_usage: bool
 ) -> AsyncGenerator[bytes, None]:
-    """The whole stream. The answer's status is sent already, so an error becomes a frame, then `[DONE]`."""
+    """The whole stream, in pieces of one or more frames that are ready at the same time.
+
+    The answer's status is sent already, so an error becomes a frame, then `[DONE]`.
+    """
     try:
-        for chunk in reply.opening(generation.num_choices):
-            yield frame(encode(chunk))
-        for chunk in reply.chunks(first):
-            yield frame(encode(chunk))
-        async for update in updates:
-            for chunk in reply.chunks(update):
-                yield frame(encode(chunk))
+        yield _join(reply.opening(generation.num_choices)) + _of(reply, first)
+        async for batch in updates:
+            yield _of(reply, batch)
         if has_usage:
             yield frame(encode(reply.usage_chunk(generation.usage)))
     except MedusaError as error:
@@ -52,18 +57,52 @@ async def frames(
     yield DONE
 
 
-class TokenStream(EventSourceResponse):
+def _of(reply: Reply, updates: list[ChoiceUpdate]) -> bytes:
+    return b"".join(_join(reply.chunks(update)) for update in updates)
+
+
+def _join(chunks: Iterable[msgspec.Struct]) -> bytes:
+    return b"".join(frame(encode(chunk)) for chunk in chunks)
+
+
+class TokenStream(Response):
     """An event stream that closes `updates`, and with them the engine's work, however the response ends.
 
-    ping_s: seconds between comment lines that keep proxies from closing an idle connection; 0 sends none.
+    content: pieces of whole frames. ping_s: seconds between comment lines that keep proxies from closing an idle connection; 0
+    sends none.
     """
 
-    def __init__(self, content: AsyncGenerator[bytes, None], updates: AsyncGenerator[ChoiceUpdate, None], *, ping_s: float) -> None:
-        super().__init__(content, ping=ping_s, sep="\n")
+    media_type = "text/event-stream"
+
+    def __init__(self, content: AsyncGenerator[bytes, None], updates: Updates, *, ping_s: float) -> None:
+        # Not the base class's constructor, which declares the length of a body.
+        self.status_code = 200
+        self.background = None
+        self.init_headers(_HEADERS)
         self._content = content
         self._updates = updates
+        self._ping_s = ping_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         # Both: closing a generator that never started does not reach the one it reads.
         async with aclosing(self._updates), aclosing(self._content):
-            await super().__call__(scope, receive, send)
+            with suppress(ClientGoneError):
+                await unless_gone(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        pings = asyncio.create_task(_send_pings(send, self._ping_s)) if self._ping_s > 0 else None
+        try:
+            async for piece in self._content:
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+        finally:
+            if pings is not None:
+                pings.cancel()
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+async def _send_pings(send: Send, ping_s: float) -> None:
+    # Between pieces of whole frames: each `send` writes its piece at once.
+    while True:
+        await asyncio.sleep(ping_s)
+        await send({"type": "http.response.body", "body": PING, "more_body": True})

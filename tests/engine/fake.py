@@ -166,4 +166,4 @@ def build(config: EngineConfig, *, progress: bool) -> EngineCore:
     print("a library that prints must not disturb the start")
     runner = FakeRunner(delay_s=float(options.get("delay", 0)))
     scheduler = FakeScheduler(runner, max_choices=config.scheduler.max_queued_requests)
-    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=config.scheduler.max_steps_in_flight)
+    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=config.scheduler.max_steps_in_flight or 0)

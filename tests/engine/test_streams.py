@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
-from medusa_core.engine.messages import Abort, Command, Failed, Outputs, Submit, WireError
+from medusa_core.engine.messages import Abort, Command, Failed, Outputs, Rejected, Submit, WireError
 from medusa_core.engine.streams import Streams
-from medusa_core.errors import EngineDeadError, EngineError, InvalidParameterError
+from medusa_core.errors import EngineDeadError, EngineError, InvalidParameterError, QueueFullError
 from medusa_core.outputs import EngineStats, FinishReason, TokenDelta
 from tests.engine.harness import collect, make_request, tokens_of
 
@@ -78,6 +78,56 @@ async def test_each_reader_raises_an_exception_of_its_own():
     assert one is not other
     assert str(one) == str(other) == "It failed. Try again."
     assert one.hint == "Try again."
+
+
+async def test_a_reader_that_is_behind_gets_all_that_has_arrived_at_once():
+    streams, sent = attached()
+    reading = streams.generate_many([make_request("a", [5]), make_request("b", [6])])
+    first = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0)
+    streams.receive(outputs("a", [1]))
+    streams.receive(outputs("b", [2]))
+    streams.receive(outputs("a", [3, 4]))
+    assert [(delta.request_id, delta.token_ids) for delta in await first] == [("a", [1]), ("b", [2]), ("a", [3, 4])]
+    streams.receive(outputs("a", [5], FinishReason.STOP))
+    assert [delta.token_ids for delta in await anext(reading)] == [[5]]
+    streams.receive(outputs("b", [6]))
+    streams.receive(outputs("b", [7], FinishReason.STOP))
+    assert [[delta.token_ids for delta in batch] async for batch in reading] == [[[6], [7]]]
+    assert [type(command) for command in sent] == [Submit, Submit]
+
+
+async def test_the_first_request_that_fails_ends_the_rest_after_what_came_before():
+    streams, sent = attached()
+    reading = streams.generate_many([make_request(name, [5]) for name in "abc"])
+    first = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0)
+    streams.receive(outputs("a", [1], FinishReason.STOP))
+    streams.receive(Rejected("b", WireError.of(QueueFullError("It is full."))))
+    streams.receive(outputs("c", [2]))
+    assert [delta.token_ids for delta in await first] == [[1]]
+    with pytest.raises(QueueFullError):
+        await anext(reading)
+    assert sent[3:] == [Abort("c")]
+
+
+async def test_a_request_that_cannot_be_opened_aborts_those_before_it():
+    streams, sent = attached()
+    reading = streams.generate_many([make_request("a", [5]), make_request("a", [5])])
+    with pytest.raises(InvalidParameterError):
+        await anext(reading)
+    assert [type(command) for command in sent] == [Submit, Abort]
+
+
+async def test_closing_the_reader_aborts_every_request():
+    streams, sent = attached()
+    reading = streams.generate_many([make_request("a", [5]), make_request("b", [5])])
+    first = asyncio.ensure_future(anext(reading))
+    await asyncio.sleep(0)
+    streams.receive(outputs("a", [1]))
+    await first
+    await reading.aclose()
+    assert sent[2:] == [Abort("a"), Abort("b")]
 
 
 async def test_events_for_unknown_requests_are_ignored():

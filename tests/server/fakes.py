@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from medusa_core.errors import EngineDeadError, EngineNotReadyError, InvalidParameterError, MedusaError
@@ -75,6 +76,7 @@ class FakeClient:
     """Emits `answer(request, choice)` and EOS: one token, then drafts of depth 3 of which two are accepted and a bonus follows.
 
     gate: if set, the engine waits for it after `num_free_steps` steps. failure: raised after as many steps.
+    batch_size: deltas that the reader finds at a time.
     """
 
     answer: Callable[[EngineRequest, int], str] = answer_of
@@ -84,6 +86,7 @@ class FakeClient:
     gate: asyncio.Event | None = None
     num_free_steps: int = 0
     step_s: float = 0.0
+    batch_size: int = 1
     loading: asyncio.Event | None = None
     is_alive: bool = True
     stats: EngineStats = field(default_factory=EngineStats)
@@ -134,6 +137,23 @@ class FakeClient:
             if not finished:
                 self.aborted.append((request.request_id, None))
 
+    async def generate_many(self, requests: Sequence[EngineRequest]) -> AsyncIterator[list[TokenDelta]]:
+        """The requests' deltas in turn, `batch_size` at a time, and what is left when one fails."""
+        batch: list[TokenDelta] = []
+        async with aclosing(_merge([self.generate(request) for request in requests])) as deltas:
+            try:
+                async for delta in deltas:
+                    batch.append(delta)
+                    if len(batch) == self.batch_size:
+                        yield batch
+                        batch = []
+            except Exception:
+                if batch:
+                    yield batch
+                raise
+        if batch:
+            yield batch
+
     async def _steps(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
         limit = request.params.max_tokens
         left = {}
@@ -183,3 +203,29 @@ class FakeClient:
             num_cached_tokens=2 if is_first else 0,
             queue_s=0.01 if is_first else 0.0,
         )
+
+
+async def _merge(streams):
+    """Items of all streams as they come. The first stream that fails ends the rest and its error is raised."""
+    queue = asyncio.Queue()
+
+    async def pump(stream):
+        async for item in stream:
+            queue.put_nowait((item,))
+
+    tasks = [asyncio.create_task(pump(stream)) for stream in streams]
+    for task in tasks:
+        task.add_done_callback(queue.put_nowait)
+    num_open = len(tasks)
+    try:
+        while num_open:
+            item = await queue.get()
+            if isinstance(item, tuple):
+                yield item[0]
+            else:
+                num_open -= 1
+                item.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

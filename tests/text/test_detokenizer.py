@@ -15,7 +15,7 @@ TEXTS = st.text(alphabet=st.sampled_from("ab  .,'the\n\t#é你好世😀👩‍�
 
 
 def detokenizer_of(tokenizer, **options) -> Detokenizer:
-    return Detokenizer(tokenizer.decode, byte_values=tokenizer.byte_values, **options)
+    return Detokenizer(tokenizer.decode, byte_values=tokenizer.byte_values, piece_texts=tokenizer.piece_texts(), **options)
 
 
 def deltas_of(detokenizer: Detokenizer, token_ids: list[int]) -> list[str]:
@@ -39,7 +39,8 @@ def test_deltas_of_arbitrary_tokens_add_up_to_their_decoding(any_tokenizer, data
 def test_special_tokens_are_shown_on_request(any_tokenizer, data):
     ids = data.draw(st.lists(st.sampled_from([*any_tokenizer.encode("the dog"), *any_tokenizer.encode("</s><|user|>")])))
     decode = partial(any_tokenizer.decode, skip_special_tokens=False)
-    detokenizer = Detokenizer(decode, byte_values=any_tokenizer.byte_values)
+    pieces = any_tokenizer.piece_texts(skip_special_tokens=False)
+    detokenizer = Detokenizer(decode, byte_values=any_tokenizer.byte_values, piece_texts=pieces)
     assert "".join(deltas_of(detokenizer, ids)) == decode(ids)
 
 
