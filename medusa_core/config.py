@@ -78,14 +78,15 @@ class SchedulerConfig:
     max_step_tokens: most prefill tokens in one step; longer prompts are computed in chunks.
     max_step_rows: most decode rows (lanes x nodes) in one step.
     max_queued_requests: waiting choices above which a request is refused with QueueFullError.
-    max_steps_in_flight: steps launched before the oldest one's result is read (0: synchronous).
+    max_steps_in_flight: steps launched before the oldest one's result is read (0: synchronous). None: 1 where steps are captured,
+        so that the host works while the device does, else 0.
     """
 
-    max_num_seqs: int = 64
+    max_num_seqs: int = 256
     max_step_tokens: int = 512
     max_step_rows: int = 1024
     max_queued_requests: int = 1024
-    max_steps_in_flight: int = 0
+    max_steps_in_flight: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_seqs", "max_step_tokens", "max_queued_requests"):
@@ -94,7 +95,7 @@ class SchedulerConfig:
             self.max_step_rows >= self.max_num_seqs,
             f"max_step_rows ({self.max_step_rows}) must be at least max_num_seqs ({self.max_num_seqs}).",
         )
-        _require(self.max_steps_in_flight in (0, 1), "max_steps_in_flight must be 0 or 1.")
+        _require(self.max_steps_in_flight in (None, 0, 1), "max_steps_in_flight must be 0 or 1.")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,6 +117,22 @@ class SpeculationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ExecutionConfig:
+    """How steps run on the device. The tokens do not depend on it.
+
+    mode: "captured" runs fused layers and kernels as CUDA graphs, "eager" the plain torch twin on the model's own layers; "auto" is
+        "captured" on a CUDA device and "eager" elsewhere. Captured steps without a CUDA device run in Triton's interpreter, for
+        tests, and only where the process was started with it.
+    """
+
+    mode: Literal["auto", "captured", "eager"] = "auto"
+
+    def __post_init__(self) -> None:
+        modes = ("auto", "captured", "eager")
+        _require(self.mode in modes, f"mode must be one of {', '.join(modes)}, got {self.mode!r}.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """Everything an engine needs to know."""
 
@@ -123,3 +140,4 @@ class EngineConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     speculation: SpeculationConfig = field(default_factory=SpeculationConfig)
+    execution: ExecutionConfig = field(default_factory=ExecutionConfig)

@@ -39,7 +39,7 @@ class LaneJoin(msgspec.Struct, frozen=True, kw_only=True):
     block_ids: list[int]
 
 
-class BlockAppend(msgspec.Struct, frozen=True, kw_only=True):
+class BlockAppend(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Blocks added at the end of a lane's block table."""
 
     lane: int
@@ -56,7 +56,7 @@ class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
     is_last: bool
 
 
-class DecodeGroup(msgspec.Struct, frozen=True, kw_only=True):
+class DecodeGroup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """Lanes that decode one step with the same number of nodes, root included (1 = plain decoding)."""
 
     lanes: list[int]
@@ -82,7 +82,7 @@ class StepPlan(msgspec.Struct, frozen=True, kw_only=True):
         return not (self.has_rows or self.leaves or self.joins or self.block_appends)
 
 
-class LaneResult(msgspec.Struct, frozen=True, kw_only=True):
+class LaneResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What one lane emitted in a step, already cut at EOS, stop ids and length limits.
 
     token_ids: emitted tokens; empty for a lane that had finished in an earlier step still in flight.

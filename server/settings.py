@@ -13,7 +13,15 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-from medusa_core.config import CacheConfig, DtypeName, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.config import (
+    CacheConfig,
+    DtypeName,
+    EngineConfig,
+    ExecutionConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from medusa_core.errors import ConfigError
 
 PROGRAM = "medusa-server"
@@ -63,10 +71,13 @@ class ServerSettings(BaseSettings):
     sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
 
-    max_num_seqs: int = Field(64, description="choices that run at once")
+    max_num_seqs: int = Field(256, description="choices that run at once")
     max_queued_requests: int = Field(1024, description="choices that may wait; more are answered with 503")
     max_step_tokens: int = Field(512, description="most prompt tokens computed in one step")
-    max_steps_in_flight: int = Field(0, description="steps launched before the oldest one's result is read: 0 or 1")
+    max_steps_in_flight: int | None = Field(
+        None, description="steps launched before the oldest one's result is read: 0 or 1; default is 1 on a GPU, 0 on a CPU"
+    )
+    enforce_eager: bool = Field(False, description="run the plain torch step instead of captured kernels; the output is the same")
     block_size: int = Field(16, description="tokens per block of the KV cache")
     num_blocks: int | None = Field(None, description="blocks of the KV cache; default is measured from free memory")
     memory_fraction: float = Field(0.85, description="share of free memory that the KV cache may take")
@@ -105,6 +116,7 @@ class ServerSettings(BaseSettings):
                 max_steps_in_flight=self.max_steps_in_flight,
             ),
             speculation=SpeculationConfig(enabled=not self.no_speculation, tree=self.tree, tree_size=self.tree_size),
+            execution=ExecutionConfig(mode="eager" if self.enforce_eager else "auto"),
         )
 
 

@@ -1,6 +1,8 @@
 """Shared options. Tests marked `cuda` are skipped where there is no CUDA device."""
 
+import importlib
 import os
+import sys
 
 import pytest
 
@@ -10,6 +12,9 @@ from tests import options
 # before any test imports torch
 for _name, _value in ENGINE_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+# On a CPU, kernels run in Triton's interpreter. Triton reads this when it is imported, which is before options are parsed.
+if not any(argument.startswith("--device") for argument in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
@@ -18,9 +23,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     options.device = config.getoption("--device")
-    if options.device == "cpu":
-        # Kernel tests run in Triton's interpreter; triton reads this when a kernel is declared.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
@@ -31,3 +33,24 @@ def pytest_collection_modifyitems(items):
         if not torch.cuda.is_available():
             for item in marked:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreter_counts_loops():
+    """Loop bounds known to the device only: triton 3.6 converts them in a way that NumPy 2.4 no longer allows.
+
+    The interpreter holds scalars as arrays of one element, and `int` of such an array is an error since NumPy 2.4.
+    """
+    if options.device != "cpu":
+        yield
+        return
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_tensor_and_index
+    yield
+    interpreter._patch_lang_tensor = patch_tensor

@@ -30,12 +30,15 @@ class AttentionContext(Protocol):
 
 @dataclass(slots=True)
 class PagedContext:
-    """One packed step: writes the step's keys and values to their slots, then attends segment by segment."""
+    """One packed step: writes the step's keys and values to their slots, then attends segment by segment.
+
+    slots_T: int64, where each row's key and value go.
+    """
 
     cache: LayerCache
     segments: Sequence[Segment]
     backend: AttentionBackend
-    write_slots_T: Tensor
+    slots_T: Tensor
 
     @classmethod
     def create(cls, cache: LayerCache, segments: Sequence[Segment], backend: AttentionBackend) -> PagedContext:
@@ -48,8 +51,17 @@ class PagedContext:
     def attend(self, layer_idx: int, query_THD: Tensor, key_TGD: Tensor, value_TGD: Tensor, params: AttentionParams) -> Tensor:
         """See AttentionContext."""
         key_slots_SGD, value_slots_SGD = self.cache.layer(layer_idx)
-        key_slots_SGD.index_copy_(0, self.write_slots_T, key_TGD)
-        value_slots_SGD.index_copy_(0, self.write_slots_T, value_TGD)
+        key_slots_SGD.index_copy_(0, self.slots_T, key_TGD)
+        value_slots_SGD.index_copy_(0, self.slots_T, value_TGD)
+        return self.attend_written(layer_idx, query_THD, params)
+
+    def layer(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """See LayerCache."""
+        return self.cache.layer(layer_idx)
+
+    def attend_written(self, layer_idx: int, query_THD: Tensor, params: AttentionParams) -> Tensor:
+        """As `attend`, for a layer that has written its keys and values itself."""
+        key_slots_SGD, value_slots_SGD = self.cache.layer(layer_idx)
         outs = []
         for segment in self.segments:
             rows = slice(segment.start_row, segment.start_row + segment.num_rows)

@@ -13,7 +13,15 @@ import typer
 
 from medusa_core.cli.compare import first_difference, rescore
 from medusa_core.cli.run import RunReport, run_prompt
-from medusa_core.config import CacheConfig, DtypeName, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.config import (
+    CacheConfig,
+    DtypeName,
+    EngineConfig,
+    ExecutionConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from medusa_core.errors import ConfigError
 from medusa_core.outputs import EngineInfo
 from medusa_core.params import SamplingParams
@@ -35,6 +43,7 @@ def generate(
     tree_size: Annotated[str, typer.Option(help="Nodes per step, or auto.")] = "auto",
     max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output; the model's own limit if not given.")] = None,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode one token per step.")] = False,
+    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Run the plain torch step, not captured kernels.")] = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without speculation and compare the tokens.")] = False,
     trust_remote_code: Annotated[
@@ -59,6 +68,7 @@ def generate(
         cache=CacheConfig(),
         scheduler=SchedulerConfig(max_num_seqs=1),
         speculation=SpeculationConfig(enabled=not no_speculation, tree=tree, tree_size=_tree_size(tree_size)),
+        execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
     )
     if compare and seed is None:
         seed = secrets.randbits(32)  # both runs must draw the same noise

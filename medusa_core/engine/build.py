@@ -10,11 +10,12 @@ import torch
 
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
-from medusa_core.config import NODE_BUCKETS, EngineConfig, ModelConfig
+from medusa_core.config import EngineConfig, ModelConfig
 from medusa_core.engine.core import MAX_STOP_TOKEN_IDS, EngineCore
-from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology
+from medusa_core.engine.runners import RunnerParts, captured_costs, captured_runner, eager_costs, eager_runner, fuse, is_captured
+from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology, offered_sizes
 from medusa_core.errors import ConfigError
-from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
+from medusa_core.model.attention_hook import install_attention, probe_layer_shapes
 from medusa_core.model.calibration import find_calibration, load_calibration
 from medusa_core.model.checkpoint import find_heads, load_heads
 from medusa_core.model.heads import MedusaHeads
@@ -22,20 +23,17 @@ from medusa_core.model.loader import LoadedModel, load_model
 from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
 from medusa_core.outputs import EngineInfo
+from medusa_core.plan import Runner
+from medusa_core.runtime.buckets import max_bucket_rows
 from medusa_core.runtime.kv_store import KVStore, LayerShape, slot_bytes
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
-from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead, overhead_slots
-from medusa_core.runtime.runner import DeviceModel, ModelRunner
-from medusa_core.runtime.self_check import check_attention
-from medusa_core.scheduler.costs import CostCurve, StepCosts
+from medusa_core.runtime.self_check import attention_reference, check_attention
 from medusa_core.scheduler.scheduler import Scheduler
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology
 
 logger = logging.getLogger(__name__)
-
-_LARGE_ROW_COUNTS = (128, 256, 512, 1024)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,53 +62,72 @@ def assemble_engine(
     install_attention(loaded.model)
     attention = TorchAttention()
     layer_shapes = probe_layer_shapes(loaded.model)
-    check_attention(loaded.model, loaded.project, layer_shapes, attention, loaded.max_model_len)
+    reference = attention_reference(loaded.model, loaded.project, loaded.max_model_len)
+    check_attention(loaded.model, reference, layer_shapes, attention, loaded.max_model_len)
 
     num_heads = heads.heads.num_heads if heads else 0
     calibration = heads.calibration if heads else None
     topology, tree_name = choose_topology(config.speculation, num_heads, calibration)
     if heads:
         _check_ranks(topology, heads.heads.draft_vocab_size or loaded.vocab_size)
+    captured = is_captured(config, loaded.device)
+    if captured:
+        fuse(loaded, heads.heads if heads else None)
+    scheduler_config = config.scheduler
+    num_lanes = scheduler_config.max_num_seqs
+    node_sizes = offered_sizes(config.speculation, topology)
     # the last tree of a request can reach beyond the last token it may emit
     max_blocks = -(-(loaded.max_model_len + topology.num_nodes) // config.cache.block_size)
-    num_lanes = config.scheduler.max_num_seqs
+    max_rows = (
+        max_bucket_rows(num_lanes, node_sizes, scheduler_config.max_step_rows) if captured else scheduler_config.max_step_rows
+    )
     num_blocks = choose_num_blocks(
         config.cache,
         free_bytes=free_memory_bytes(loaded.device),
         # as the projection writes them, and the float32 copy that tokens are drawn from
-        logits_bytes=config.scheduler.max_step_rows * loaded.vocab_size * (loaded.dtype.itemsize + torch.float32.itemsize),
+        logits_bytes=max_rows * loaded.vocab_size * (loaded.dtype.itemsize + torch.float32.itemsize),
         slot_bytes=slot_bytes(layer_shapes, loaded.dtype),
         max_blocks_per_lane=max_blocks,
         num_lanes=num_lanes,
         device_type=loaded.device.type,
     )
-    kv_store = _allocate_kv_store(layer_shapes, num_blocks, config.cache.block_size, loaded)
-    lanes = LaneState(
-        num_lanes,
-        loaded.max_model_len,
-        max_blocks,
-        loaded.hidden_size,
-        loaded.dtype,
-        loaded.device,
-        max_stop_ids=MAX_STOP_TOKEN_IDS + len(loaded.eos_token_ids),
-    )
-    model = _device_model(loaded, heads)
-    runner = ModelRunner(model=model, topology=topology, kv_store=kv_store, lanes=lanes, attention=attention)
-    controller = choose_controller(
-        config.speculation,
-        topology,
-        calibration,
-        max_step_rows=config.scheduler.max_step_rows,
-        measure_costs=partial(
-            _measure_costs, model, kv_store, attention, runner, topology, loaded.max_model_len, num_lanes, progress
+    parts = RunnerParts(
+        config=config,
+        loaded=loaded,
+        heads=heads.heads if heads else None,
+        layer_shapes=layer_shapes,
+        topology=topology,
+        node_sizes=node_sizes,
+        kv_store=_allocate_kv_store(layer_shapes, num_blocks, config.cache.block_size, loaded),
+        lanes=LaneState(
+            num_lanes,
+            loaded.max_model_len,
+            max_blocks,
+            loaded.hidden_size,
+            loaded.dtype,
+            loaded.device,
+            max_stop_ids=MAX_STOP_TOKEN_IDS + len(loaded.eos_token_ids),
         ),
+        attention=attention,
+        reference=reference,
+    )
+    runner: Runner
+    if captured:
+        runner = graph_runner = captured_runner(parts, progress=progress)
+        measure_costs = partial(captured_costs, graph_runner)
+    else:
+        runner = eager = eager_runner(parts)
+        measure_costs = partial(eager_costs, parts, eager, progress=progress)
+    controller = choose_controller(
+        config.speculation, topology, calibration, max_step_rows=scheduler_config.max_step_rows, measure_costs=measure_costs
     )
     cache = CacheManager(
         num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
     )
-    scheduler = Scheduler(config.scheduler, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
+    scheduler = Scheduler(scheduler_config, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
     info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks)
-    return EngineCore(scheduler, runner, info, max_steps_in_flight=config.scheduler.max_steps_in_flight)
+    in_flight = scheduler_config.max_steps_in_flight
+    return EngineCore(scheduler, runner, info, max_steps_in_flight=int(captured) if in_flight is None else in_flight)
 
 
 def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> CalibratedHeads | None:
@@ -160,49 +177,6 @@ def _allocate_kv_store(layer_shapes: list[LayerShape], num_blocks: int, block_si
             f"The KV cache of {num_blocks} blocks x {block_size} tokens = {num_mib:,.0f} MiB cannot be allocated.",
             hint="Lower --num-blocks.",
         ) from error
-
-
-def _device_model(loaded: LoadedModel, heads: CalibratedHeads | None) -> DeviceModel:
-    medusa = heads.heads if heads else None
-    return DeviceModel(
-        forward=partial(forward_hidden, loaded.model),
-        project=loaded.project,
-        draft=None if medusa is None else partial(medusa.topk, project=loaded.project),
-        eos_token_ids=loaded.eos_token_ids,
-        device=loaded.device,
-    )
-
-
-def _measure_costs(
-    model: DeviceModel,
-    kv_store: KVStore,
-    attention: TorchAttention,
-    runner: ModelRunner,
-    topology: TreeTopology,
-    max_model_len: int,
-    num_lanes: int,
-    progress: bool,
-) -> StepCosts:
-    row_counts = sorted([2, *NODE_BUCKETS, *(_LARGE_ROW_COUNTS if model.device.type == "cuda" else ())])
-    rows = measure_row_costs(model, kv_store, attention, row_counts, progress=progress)
-    forward = CostCurve.from_points(rows.items())
-    num_blocks = min(-(-overhead_slots(topology) // kv_store.block_size), kv_store.num_blocks)
-    overhead = measure_tree_overhead(
-        runner,
-        topology,
-        forward.seconds,
-        [n for n in (1, 4, 16) if n <= num_lanes],
-        block_ids=range(num_blocks),
-        max_total_tokens=max_model_len,
-        device=model.device,
-    )
-    _log_milliseconds("step", "rows", rows)
-    _log_milliseconds("tree", "lanes", overhead)
-    return StepCosts(forward=forward, draft=CostCurve.from_points(overhead.items()))
-
-
-def _log_milliseconds(what: str, unit: str, costs: dict[int, float]) -> None:
-    logger.info("Measured %s cost by %s, ms: %s.", what, unit, ", ".join(f"{count}: {1e3 * s:.1f}" for count, s in costs.items()))
 
 
 def _describe(

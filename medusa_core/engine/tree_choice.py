@@ -46,6 +46,11 @@ def choose_topology(config: SpeculationConfig, num_heads: int, calibration: Rank
     return load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET
 
 
+def offered_sizes(config: SpeculationConfig, topology: TreeTopology) -> tuple[int, ...]:
+    """Every tree size that the controller may choose."""
+    return tree_sizes(topology.num_nodes if config.tree_size == "auto" else min(config.tree_size, topology.num_nodes))
+
+
 def choose_controller(
     config: SpeculationConfig,
     topology: TreeTopology,

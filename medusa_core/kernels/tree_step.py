@@ -1,7 +1,7 @@
 """The two ends of a decode step over lane state: what the model is given, and what becomes of its draws.
 
-`pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens drawn down the tree, cuts the path at stop ids
-and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
+`pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens drawn down the tree, cuts the path at stop
+ids and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
 X block-table width · E hidden · K heads · C candidates per head.
@@ -245,8 +245,8 @@ def walk_trees(
     """Walk each lane's tree along `drawn_T`, the token the model drew at every node, and update the lane.
 
     Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from) of the lanes in
-    lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1 beyond its end), then how many were drawn, how many
-    kept, and the finish code of speculation/verify.py. A lane that had finished keeps nothing.
+    lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1 beyond its end), then how many were drawn, how
+    many kept, and the finish code of speculation/verify.py. A lane that had finished keeps nothing.
 
     Returns:
         source_BL, target_BL int64: slots whose K/V must move, -1 where nothing moves.

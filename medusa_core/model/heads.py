@@ -100,7 +100,13 @@ class MedusaHeads(nn.Module):
 
     def topk(self, hidden_BE: Tensor, num_heads: int, num_candidates: int, *, project: Callable[[Tensor], Tensor]) -> Tensor:
         """The first heads' best tokens, best first: base vocabulary ids, int64 [B, K, C]."""
-        return self._base_ids(self(hidden_BE, project, num_heads).topk(num_candidates, dim=-1).indices)
+        logits_BKV = self(hidden_BE, project, num_heads)
+        if logits_BKV.is_cuda:
+            from medusa_core.kernels.topk import topk_rows  # a CPU build of torch comes without triton
+
+            ids = topk_rows(logits_BKV.flatten(0, 1), num_candidates, token_map_V=self.token_map_V)
+            return ids.view(*logits_BKV.shape[:2], num_candidates)
+        return self._base_ids(logits_BKV.topk(num_candidates, dim=-1).indices)
 
     def topk_with_logprobs(
         self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]

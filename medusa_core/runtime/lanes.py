@@ -1,7 +1,7 @@
 """Lane state: what the device knows about each running request. Rows of tensors, changed in place by joins and by each step.
 
-All changes of a plan go to the device together, in a few copies that wait for nothing: the host builds the next step while the device
-runs this one.
+All changes of a plan go to the device together, in a few copies that wait for nothing: the host builds the next step while the
+device runs this one.
 
 Shapes: P lanes of the runner, and one more that no request ever has · B lanes of one step · J joins of one plan · X block-table
 width · W stop ids · E hidden.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from medusa_core.params import SamplingParams
-from medusa_core.plan import LaneJoin, StepPlan
+from medusa_core.plan import BlockAppend, LaneJoin, StepPlan
 from medusa_core.sampling.sampler import SamplingRows
 
 # Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
@@ -87,7 +87,8 @@ class LaneState:
             self._join(plan.joins, eos_token_ids)
         # (lane, column, block) of each new block
         blocks: list[tuple[int, int, int]] = []
-        for change in (*plan.joins, *plan.block_appends):
+        changes: list[LaneJoin | BlockAppend] = [*plan.joins, *plan.block_appends]
+        for change in changes:
             host = self.host[change.lane]
             blocks += [(change.lane, host.num_blocks + column, block_id) for column, block_id in enumerate(change.block_ids)]
             host.num_blocks += len(change.block_ids)

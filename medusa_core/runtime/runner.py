@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_core.attention.context import PagedContext
+from medusa_core.attention.context import AttentionContext, PagedContext
 from medusa_core.attention.segments import AttentionBackend, Segment
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.kv_store import KVStore
@@ -34,7 +34,7 @@ class DeviceModel:
     draft: see speculation.drafter.Draft; None without heads, and every tree has one node.
     """
 
-    forward: Callable[[Tensor, Tensor, PagedContext], Tensor]
+    forward: Callable[[Tensor, Tensor, AttentionContext], Tensor]
     project: Callable[[Tensor], Tensor]
     draft: Draft | None
     eos_token_ids: tuple[int, ...]

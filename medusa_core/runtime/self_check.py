@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,32 +31,48 @@ from medusa_core.tree.topology import TreeTopology
 logger = logging.getLogger(__name__)
 
 _PREFIX_LEN = 13
-_BLOCK_SIZE = 4
-_TREE = TreeTopology.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
+CHECK_BLOCK_SIZE = 4
+CHECK_TREE = TreeTopology.from_choices([(0,), (1,), (0, 0), (0, 1), (1, 0), (0, 0, 0)])
 # Relative error of hidden states. Sixteen-bit products of different shapes round differently, layer after layer.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.03}
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionReference:
+    """A prefix and a tree behind it, and the model's hidden states of them under its own eager attention.
+
+    token_ids: int64, prefix, then nodes. prefix_TE, tree_NE: of the prefix, and of each node behind its path.
+    """
+
+    token_ids: Tensor
+    prefix_TE: Tensor
+    tree_NE: Tensor
+
+
+@torch.inference_mode()
+def attention_reference(model: PreTrainedModel, project: Callable[[Tensor], Tensor], max_model_len: int) -> AttentionReference:
+    """What the checks compare with. The model comes and leaves with the paged attention installed. `project`: hidden to logits."""
+    prefix_len = max(min(_PREFIX_LEN, max_model_len - CHECK_TREE.max_depth - 1), 1)
+    return AttentionReference(*_eager_reference(model, project, prefix_len))
 
 
 @torch.inference_mode()
 def check_attention(
     model: PreTrainedModel,
-    project: Callable[[Tensor], Tensor],
+    reference: AttentionReference,
     layer_shapes: list[LayerShape],
     attention: AttentionBackend,
     max_model_len: int,
 ) -> None:
-    """Raises UnsupportedModelError if the model's hidden states differ by more than rounding.
-
-    The model comes and leaves with the paged attention installed. `project` gives its logits from hidden states.
-    """
+    """Raises UnsupportedModelError if the model's hidden states differ by more than rounding."""
     device = model.device
-    prefix_len = max(min(_PREFIX_LEN, max_model_len - _TREE.max_depth - 1), 1)
-    ids, expected_prefix, expected_tree = _eager_reference(model, project, prefix_len)
-    num_blocks = -(-(prefix_len + _TREE.num_nodes) // _BLOCK_SIZE)
-    store = KVStore(layer_shapes, num_blocks, _BLOCK_SIZE, model.dtype, device)
+    ids, expected_prefix, expected_tree = reference.token_ids, reference.prefix_TE, reference.tree_NE
+    prefix_len = expected_prefix.shape[0]
+    num_blocks = -(-(prefix_len + CHECK_TREE.num_nodes) // CHECK_BLOCK_SIZE)
+    store = KVStore(layer_shapes, num_blocks, CHECK_BLOCK_SIZE, model.dtype, device)
     # blocks out of order, so that a slot taken for a position would show
     slots = store.context_slots(torch.arange(num_blocks, device=device).flip(0).unsqueeze(0))
-    tree = DeviceTree.create(_TREE, device)
+    tree = DeviceTree.create(CHECK_TREE, device)
 
     def run(tokens_T: Tensor, segments: list[Segment]) -> Tensor:
         context = PagedContext.create(store, segments, attention)
@@ -63,11 +80,11 @@ def check_attention(
 
     causal = DeviceTree.causal(prefix_len, device)
     zero = torch.zeros(1, dtype=torch.int64, device=device)
-    prefix_hidden = run(ids[:prefix_len], [Segment(0, zero, causal.depth_N, causal.ancestor_mask_NN, slots, _BLOCK_SIZE)])
-    tree_segment = Segment(0, zero + prefix_len, tree.depth_N, tree.ancestor_mask_NN, slots, _BLOCK_SIZE)
+    prefix_hidden = run(ids[:prefix_len], [Segment(0, zero, causal.depth_N, causal.ancestor_mask_NN, slots, CHECK_BLOCK_SIZE)])
+    tree_segment = Segment(0, zero + prefix_len, tree.depth_N, tree.ancestor_mask_NN, slots, CHECK_BLOCK_SIZE)
     tree_hidden = run(ids[prefix_len:], [tree_segment])
-    _compare(model, "a prompt", prefix_hidden, expected_prefix)
-    _compare(model, "a tree of draft tokens", tree_hidden, expected_tree)
+    compare(model, "a prompt", prefix_hidden, expected_prefix)
+    compare(model, "a tree of draft tokens", tree_hidden, expected_tree)
 
     # A lone query far away, whose context is the spare slot: only its position matters to its neighbour.
     far = Segment(
@@ -78,7 +95,7 @@ def check_attention(
         torch.full((1, max_model_len), store.spare_slot, dtype=torch.int64, device=device),
     )
     beside_far = run(torch.cat([ids[prefix_len:], ids[:1]]), [tree_segment, far])
-    _compare(model, "a short sequence beside a long one", beside_far[: tree.num_nodes], tree_hidden)
+    compare(model, "a short sequence beside a long one", beside_far[: tree.num_nodes], tree_hidden)
 
 
 def _eager_reference(model: PreTrainedModel, project: Callable[[Tensor], Tensor], prefix_len: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -106,8 +123,8 @@ def _eager_reference(model: PreTrainedModel, project: Callable[[Tensor], Tensor]
         prefix_hidden = run(prefix)
         nodes: list[int] = []
         rows: list[Tensor] = []
-        for node, bits in enumerate(_TREE.ancestor_mask):
-            parent = _TREE.parents[node]
+        for node, bits in enumerate(CHECK_TREE.ancestor_mask):
+            parent = CHECK_TREE.parents[node]
             nodes.append(sample(prefix_hidden[-1] if parent < 0 else rows[parent]))
             path = [nodes[other] for other in range(node + 1) if bits >> other & 1]
             rows.append(run(prefix + path)[-1])
@@ -116,7 +133,7 @@ def _eager_reference(model: PreTrainedModel, project: Callable[[Tensor], Tensor]
     return torch.tensor(prefix + nodes, device=model.device), prefix_hidden, torch.stack(rows)
 
 
-def _compare(model: PreTrainedModel, what: str, actual: Tensor, expected: Tensor) -> None:
+def compare(model: PreTrainedModel, what: str, actual: Tensor, expected: Tensor) -> None:
     error = ((actual.float() - expected.float()).norm() / expected.float().norm()).item()
     tolerance = _TOLERANCE[model.dtype]
     logger.debug("Self-check, %s: relative error %.2g.", what, error)

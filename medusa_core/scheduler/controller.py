@@ -82,7 +82,7 @@ class FixedTreeSize(_SizeLimits):
 
 
 class MeasuredTreeSize(_SizeLimits):
-    """The size with the most tokens per second: (lanes * E(n) + plain lanes) / t(rows).
+    """The size with the most tokens per second: (lanes * E(n) + plain lanes) / t(step).
 
     E(n) - 1, the draft tokens expected per step, comes from calibration and is corrected by live acceptance: one factor, a ratio of
     two moving averages. The source of the rule is Sequoia's hardware-aware tree choice, with a constant draft cost.
@@ -137,9 +137,6 @@ class MeasuredTreeSize(_SizeLimits):
         self._average_expected += weight * (self._expected_drafts[size] - self._average_expected)
 
     def _tokens_per_second(self, size: int, num_lanes: int, num_plain_lanes: int, num_prefill_rows: int) -> float:
-        num_rows = num_lanes * size + num_plain_lanes + num_prefill_rows
-        seconds = self._costs.forward.seconds(num_rows)
-        if size > 1:
-            seconds += self._costs.draft.seconds(num_lanes)
+        seconds = self._costs.seconds(size, num_lanes, num_plain_lanes=num_plain_lanes, num_prefill_rows=num_prefill_rows)
         num_tokens = num_lanes * (1.0 + self.correction * self._expected_drafts[size]) + num_plain_lanes
         return num_tokens / max(seconds, 1e-9)

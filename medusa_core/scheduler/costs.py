@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from medusa_core.errors import ConfigError
 
@@ -31,6 +32,11 @@ class CostCurve:
     def from_points(cls, points: Iterable[tuple[int, float]]) -> CostCurve:
         return cls(tuple(sorted(points)))
 
+    def step_seconds(self, num_rows: int) -> float:
+        """The measured point at or above `num_rows`: what a launch costs that is filled up to it. The last one beyond."""
+        idx = bisect.bisect_left(self.points, num_rows, key=lambda point: point[0])
+        return self.points[min(idx, len(self.points) - 1)][1]
+
     def seconds(self, num_rows: int) -> float:
         points = self.points
         if num_rows <= points[0][0] or len(points) == 1:
@@ -43,10 +49,48 @@ class CostCurve:
         return left_s + slope * (num_rows - left_rows)
 
 
+class StepCosts(Protocol):
+    """What the controller asks."""
+
+    def seconds(self, num_nodes: int, num_lanes: int, *, num_plain_lanes: int, num_prefill_rows: int) -> float:
+        """Seconds of a step with `num_lanes` trees of `num_nodes` nodes, lanes of one row beside them, and prefill rows."""
+        ...
+
+
 @dataclass(frozen=True)
-class StepCosts:
-    """forward: one pass of the model, by all rows of the step. draft: what a tree adds to that (the heads, the walk, the commit),
-    by lanes that draft."""
+class PackedCosts:
+    """Of steps whose rows share one forward pass.
+
+    forward: by all rows of the step. draft: what a tree adds to that (the heads, the walk, the commit), by lanes that draft.
+    """
 
     forward: CostCurve
     draft: CostCurve
+
+    def seconds(self, num_nodes: int, num_lanes: int, *, num_plain_lanes: int, num_prefill_rows: int) -> float:
+        """See StepCosts."""
+        seconds = self.forward.seconds(num_lanes * num_nodes + num_plain_lanes + num_prefill_rows)
+        return seconds + self.draft.seconds(num_lanes) if num_nodes > 1 else seconds
+
+
+class CapturedCosts:
+    """Of captured steps: each group of lanes is a launch of its own, filled up to the next size there is; so are the prefill rows.
+
+    decode: seconds by (lanes, nodes). prefill: by rows. Raises ConfigError when either is empty.
+    """
+
+    def __init__(self, decode: Mapping[tuple[int, int], float], prefill: Mapping[int, float]) -> None:
+        self._decode = {
+            num_nodes: CostCurve.from_points((lanes, seconds) for (lanes, nodes), seconds in decode.items() if nodes == num_nodes)
+            for num_nodes in {nodes for _, nodes in decode}
+        }
+        self._prefill = CostCurve.from_points(prefill.items())
+
+    def seconds(self, num_nodes: int, num_lanes: int, *, num_plain_lanes: int, num_prefill_rows: int) -> float:
+        """See StepCosts."""
+        seconds = self._decode[num_nodes].step_seconds(num_lanes)
+        if num_plain_lanes:
+            seconds += self._decode[1].step_seconds(num_plain_lanes)
+        if num_prefill_rows:
+            seconds += self._prefill.step_seconds(num_prefill_rows)
+        return seconds

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medusa_core.speculation.device_tree import DeviceTree
 
-# (hidden_BE, K, C) -> the C most likely tokens of each of the first K heads, best first, as ids of the base vocabulary: int64 [B, K, C]
+# (hidden_BE, K, C) -> the C most likely tokens of each of the first K heads, best first: base vocabulary ids, int64 [B, K, C]
 Draft = Callable[[Tensor, int, int], Tensor]
 
 

@@ -11,7 +11,7 @@ from medusa_core.config import SpeculationConfig
 from medusa_core.engine.tree_choice import ROOT_ONLY, RankAccuracy, choose_controller, choose_topology
 from medusa_core.errors import ConfigError
 from medusa_core.scheduler.controller import TreeSizeController
-from medusa_core.scheduler.costs import CostCurve, StepCosts
+from medusa_core.scheduler.costs import CostCurve, PackedCosts
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology
 
@@ -85,10 +85,10 @@ def make_controller(
     """The controller, and one entry for each time costs were measured."""
     measured = []
 
-    def measure() -> StepCosts:
+    def measure() -> PackedCosts:
         measured.append("measured")
         forward = CostCurve(((1, 1.0 + seconds_per_row), (64, 1.0 + 64 * seconds_per_row)))
-        return StepCosts(forward=forward, draft=CostCurve(((1, 0.0),)))
+        return PackedCosts(forward=forward, draft=CostCurve(((1, 0.0),)))
 
     config = SpeculationConfig(**options)
     return choose_controller(config, topology, calibration, max_step_rows=1024, measure_costs=measure), measured

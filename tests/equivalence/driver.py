@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from dataclasses import dataclass, field
 
-from medusa_core.config import CacheConfig, EngineConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.config import CacheConfig, EngineConfig, ExecutionConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import CalibratedHeads, assemble_engine
 from medusa_core.engine.core import EngineCore
 from medusa_core.model.loader import LoadedModel
+from medusa_core.model.projection import build_projection
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
 from medusa_core.request import EngineRequest
@@ -22,7 +25,7 @@ class Output:
 
 
 def make_engine(loaded: LoadedModel, heads: CalibratedHeads | None, **options: object) -> EngineCore:
-    """options: fields of CacheConfig, SchedulerConfig and SpeculationConfig, told apart by name."""
+    """options: fields of CacheConfig, SchedulerConfig, SpeculationConfig and ExecutionConfig, told apart by name."""
 
     def pick(cls: type) -> dict[str, object]:
         return {name: value for name, value in options.items() if name in cls.__dataclass_fields__}
@@ -30,7 +33,17 @@ def make_engine(loaded: LoadedModel, heads: CalibratedHeads | None, **options: o
     cache = CacheConfig(**{"num_blocks": 400, "block_size": 8, **pick(CacheConfig)})
     scheduler = SchedulerConfig(**{"max_num_seqs": 8, "max_step_rows": 512, **pick(SchedulerConfig)})
     speculation = SpeculationConfig(**{"tree_size": 16, **pick(SpeculationConfig)})
-    return assemble_engine(EngineConfig(cache=cache, scheduler=scheduler, speculation=speculation), loaded, heads)
+    execution = ExecutionConfig(**pick(ExecutionConfig))
+    if execution.mode != "eager" and (execution.mode == "captured" or loaded.device.type == "cuda"):
+        loaded = with_own_weights(loaded)  # they will be fused
+    return assemble_engine(
+        EngineConfig(cache=cache, scheduler=scheduler, speculation=speculation, execution=execution), loaded, heads
+    )
+
+
+def with_own_weights(loaded: LoadedModel) -> LoadedModel:
+    model = copy.deepcopy(loaded.model)
+    return dataclasses.replace(loaded, model=model, project=build_projection(model))
 
 
 def run(

@@ -1,6 +1,7 @@
 """Greedy output of the engine == transformers `generate`, token for token, in float32."""
 
 import dataclasses
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -55,13 +56,16 @@ def check(
     arrive_every: int = 0,
     needs_acceptance: bool = True,
     max_model_len: int = MAX_MODEL_LEN,
+    prompt_numbers: Sequence[int] = range(len(PROMPT_LENS)),
+    max_tokens: int = NUM_NEW_TOKENS,
     **options: object,
 ) -> int:
-    """Run all prompts and compare; returns the number of preemptions."""
+    """Run the prompts and compare; returns the number of preemptions."""
     loaded = dataclasses.replace(tiny_model(architecture), max_model_len=max_model_len)
-    prompts, expected = make_prompts(), cached_reference(architecture)
+    prompts = [make_prompts()[number] for number in prompt_numbers]
+    expected = [cached_reference(architecture)[number][:max_tokens] for number in prompt_numbers]
     heads = oracle_heads(loaded, [p + e for p, e in zip(prompts, expected, strict=True)])
-    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW_TOKENS)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
     core = make_engine(loaded, heads, **options)
     outputs = run(core, [(prompt, params) for prompt in prompts], arrive_every=arrive_every)
     for number, tokens in enumerate(expected):

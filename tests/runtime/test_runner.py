@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from medusa_core.attention.kernel_context import BlockTables, tree_workspace
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
-from medusa_core.plan import BlockAppend, DecodeGroup, LaneJoin, LaneResult, PrefillChunk, StepPlan
-from medusa_core.runtime.kv_store import KVStore
+from medusa_core.plan import BlockAppend, DecodeGroup, LaneJoin, LaneResult, PrefillChunk, Runner, StepPlan
+from medusa_core.runtime.device_step import StepParts
+from medusa_core.runtime.graph_runner import GraphRunner
+from medusa_core.runtime.kv_store import KVStore, LayerShape
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.tree.topology import TreeTopology
@@ -52,10 +55,30 @@ class ScriptedDraft:
         return out.to(hidden_BE.device)
 
 
+def kernel_runner(model: DeviceModel, store: KVStore, lanes: LaneState, num_heads: int, shapes: list[LayerShape]) -> GraphRunner:
+    """Captured on a GPU, in Triton's interpreter on a CPU."""
+    parts = StepParts(
+        model=model,
+        lanes=lanes,
+        kv_store=store,
+        tables=BlockTables(table_PX=lanes.block_table_PX, block_size=BLOCK_SIZE, spare_slot=store.spare_slot),
+        workspace=tree_workspace([(1, 6), (4, 6), (4, 1)], num_heads, shapes, model.device),
+        tile_rows=4,
+    )
+    runner = GraphRunner(parts, TREE, node_sizes=(1, 3, 6), max_rows=24, max_chunk_rows=16)
+    runner.capture()
+    return runner
+
+
+@pytest.fixture(params=["eager", "kernels"])
+def bench(request):
+    return partial(Bench, kind=request.param)
+
+
 class Bench:
     """One runner, lane 2, and step numbers."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...] = ()) -> None:
+    def __init__(self, eos_token_ids: tuple[int, ...] = (), *, kind: str = "eager") -> None:
         loaded = tiny_model("llama")
         install_attention(loaded.model)
         self.draft = ScriptedDraft()
@@ -66,9 +89,14 @@ class Bench:
             eos_token_ids=eos_token_ids,
             device=loaded.device,
         )
-        store = KVStore(probe_layer_shapes(loaded.model), NUM_BLOCKS, BLOCK_SIZE, torch.float32, loaded.device)
+        shapes = probe_layer_shapes(loaded.model)
+        store = KVStore(shapes, NUM_BLOCKS, BLOCK_SIZE, torch.float32, loaded.device)
         lanes = LaneState(4, MAX_MODEL_LEN, NUM_BLOCKS, loaded.hidden_size, torch.float32, loaded.device, max_stop_ids=8)
-        self.runner = ModelRunner(model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention())
+        self.runner: Runner
+        if kind == "eager":
+            self.runner = ModelRunner(model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention())
+        else:
+            self.runner = kernel_runner(model, store, lanes, loaded.model.config.num_attention_heads, shapes)
         self._step_id = 0
 
     def step(self, **plan: object) -> list[LaneResult]:
@@ -105,20 +133,20 @@ def whole_chunk() -> PrefillChunk:
     return PrefillChunk(lane=2, start=0, num_tokens=len(PROMPT), is_last=True)
 
 
-def test_the_last_chunk_draws_the_first_token(continuation):
-    assert Bench().step(joins=[make_join(4)], chunks=[whole_chunk()]) == [LaneResult(lane=2, uid=70, token_ids=continuation[:1])]
+def test_the_last_chunk_draws_the_first_token(bench, continuation):
+    assert bench().step(joins=[make_join(4)], chunks=[whole_chunk()]) == [LaneResult(lane=2, uid=70, token_ids=continuation[:1])]
 
 
-def test_chunks_before_the_last_draw_nothing(continuation):
-    bench = Bench()
+def test_chunks_before_the_last_draw_nothing(bench, continuation):
+    bench = bench()
     assert bench.step(joins=[make_join(4)], chunks=[PrefillChunk(lane=2, start=0, num_tokens=4, is_last=False)]) == []
     assert bench.step(chunks=[PrefillChunk(lane=2, start=4, num_tokens=1, is_last=False)]) == []
     (result,) = bench.step(chunks=[PrefillChunk(lane=2, start=5, num_tokens=4, is_last=True)])
     assert result.token_ids == continuation[:1]
 
 
-def test_plain_steps(continuation):
-    bench = Bench()
+def test_plain_steps(bench, continuation):
+    bench = bench()
     tokens = bench.prefill()
     while len(tokens) < NUM_TOKENS:
         result = bench.decode(1, [])
@@ -128,8 +156,8 @@ def test_plain_steps(continuation):
     assert result.finish_reason is FinishReason.LENGTH
 
 
-def test_right_drafts_are_accepted_and_committed(continuation):
-    bench = Bench()
+def test_right_drafts_are_accepted_and_committed(bench, continuation):
+    bench = bench()
     tokens = bench.prefill()
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.num_accepted) == (continuation[1:5], 3)
@@ -140,23 +168,23 @@ def test_right_drafts_are_accepted_and_committed(continuation):
     assert tokens == continuation[:1]
 
 
-def test_wrong_drafts_cost_nothing_but_the_step(continuation):
-    bench = Bench()
+def test_wrong_drafts_cost_nothing_but_the_step(bench, continuation):
+    bench = bench()
     bench.prefill()
     result = bench.decode(6, [2, 2, 2])
     assert (result.token_ids, result.num_accepted) == (continuation[1:2], 0)
     assert bench.decode(6, continuation[2:5]).token_ids == continuation[2:6]
 
 
-def test_a_smaller_tree_is_the_start_of_the_larger_one(continuation):
-    bench = Bench()
+def test_a_smaller_tree_is_the_start_of_the_larger_one(bench, continuation):
+    bench = bench()
     bench.prefill()
     result = bench.decode(3, continuation[1:4])
     assert (result.num_draft_nodes, result.draft_depth, result.token_ids) == (2, 1, continuation[1:3])
 
 
-def test_the_length_limit_cuts_a_path_and_ends_the_lane(continuation):
-    bench = Bench()
+def test_the_length_limit_cuts_a_path_and_ends_the_lane(bench, continuation):
+    bench = bench()
     bench.prefill(max_tokens=3)
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.finish_reason) == (continuation[1:3], FinishReason.LENGTH)
@@ -166,15 +194,15 @@ def test_the_length_limit_cuts_a_path_and_ends_the_lane(continuation):
     assert (late.token_ids, late.num_accepted) == ([], 0)
 
 
-def test_eos_inside_a_path_ends_it(continuation):
-    bench = Bench(eos_token_ids=(continuation[2],))
+def test_eos_inside_a_path_ends_it(bench, continuation):
+    bench = bench(eos_token_ids=(continuation[2],))
     bench.prefill()
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.finish_reason) == (continuation[1:3], FinishReason.STOP)
 
 
-def test_blocks_come_as_they_are_needed_and_lanes_are_used_again(continuation):
-    bench = Bench()
+def test_blocks_come_as_they_are_needed_and_lanes_are_used_again(bench, continuation):
+    bench = bench()
     assert bench.step(joins=[make_join(4, block_ids=(7,))]) == []
     assert bench.step(block_appends=[BlockAppend(lane=2, block_ids=[2, 8, 4])]) == []
     (result,) = bench.step(chunks=[whole_chunk()])

@@ -12,7 +12,7 @@ from medusa_core.attention.segments import AttentionBackend, AttentionParams, Se
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.errors import UnsupportedModelError
 from medusa_core.model.attention_hook import ATTENTION_NAME, install_attention, probe_layer_shapes
-from medusa_core.runtime.self_check import check_attention
+from medusa_core.runtime.self_check import attention_reference, check_attention
 from tests.equivalence.models import ARCHITECTURES, MAX_MODEL_LEN, tiny_model
 
 
@@ -20,9 +20,8 @@ def check(architecture: str, attention: AttentionBackend | None = None, max_mode
     loaded = tiny_model(architecture)
     install_attention(loaded.model)
     try:
-        check_attention(
-            loaded.model, loaded.project, probe_layer_shapes(loaded.model), attention or TorchAttention(), max_model_len
-        )
+        reference = attention_reference(loaded.model, loaded.project, max_model_len)
+        check_attention(loaded.model, reference, probe_layer_shapes(loaded.model), attention or TorchAttention(), max_model_len)
     finally:
         assert loaded.model.config._attn_implementation == ATTENTION_NAME
 

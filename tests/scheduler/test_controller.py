@@ -4,7 +4,7 @@ import pytest
 
 from medusa_core.errors import ConfigError
 from medusa_core.scheduler.controller import FixedTreeSize, MeasuredTreeSize, tree_sizes
-from medusa_core.scheduler.costs import CostCurve, StepCosts
+from medusa_core.scheduler.costs import CostCurve, PackedCosts
 from tests.scheduler.harness import Harness
 
 # Of the published 7B heads.
@@ -16,7 +16,7 @@ ROOFLINE = CostCurve(((1, 1.0), (32, 1.0), (64, 2.0)))
 
 
 def measured(forward, *, draft=FREE, max_step_rows=1024, expected=EXPECTED):
-    return MeasuredTreeSize(expected, StepCosts(forward, draft), max_step_rows=max_step_rows)
+    return MeasuredTreeSize(expected, PackedCosts(forward, draft), max_step_rows=max_step_rows)
 
 
 def test_costs_are_linear_between_points_and_go_on_beyond_them():

@@ -1,0 +1,195 @@
+"""A step as a function of lane state: draft, forward, verify, commit, with no value on the host and no shape that depends on data.
+
+That is what lets a step be captured once and replayed (runtime/graph_runner.py). Both kinds of step have fixed sizes and are filled
+up with the null lane: a decode step runs B lanes with a tree of N nodes each, a prefill step T rows of prompt chunks, of which up
+to C are the last of their prompt and draw a token. The plain twin, with the shapes of each plan, is runtime/runner.py.
+
+Shapes: B lanes of the step · N nodes · T packed rows · C draws of a prefill step · Q query tiles · L levels · E hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medusa_core.attention.kernel_context import BlockTables, chunk_context, tree_context
+from medusa_core.kernels.attention import SplitWorkspace
+from medusa_core.kernels.kv_cache import commit_path
+from medusa_core.kernels.sampling import draw_rows
+from medusa_core.kernels.topk import argmax_rows
+from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, pack_trees, walk_trees
+from medusa_core.plan import PrefillChunk
+from medusa_core.runtime.kv_store import KVStore
+from medusa_core.runtime.lanes import LaneState
+from medusa_core.runtime.runner import DeviceModel
+from medusa_core.speculation.device_tree import DeviceTree
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepParts:
+    """What all steps of a runner share. tile_rows: query rows of one tile of the chunk attention."""
+
+    model: DeviceModel
+    lanes: LaneState
+    kv_store: KVStore
+    tables: BlockTables
+    workspace: SplitWorkspace
+    tile_rows: int
+
+    def draw(self, logits_TV: Tensor, lane_T: Tensor, index_T: Tensor, *, is_greedy: bool) -> Tensor:
+        """The token the model draws at each row, int64 [T]. A draw depends on the row's logits and its index alone, so all nodes of
+        a tree can be drawn for at once."""
+        if is_greedy:
+            return argmax_rows(logits_TV)
+        lanes = self.lanes
+        return draw_rows(
+            logits_TV,
+            lane_R=lane_T,
+            index_R=index_T,
+            temperature_P=lanes.temperature_P,
+            top_k_P=lanes.top_k_P,
+            top_p_P=lanes.top_p_P,
+            min_p_P=lanes.min_p_P,
+            min_tokens_P=lanes.min_tokens_P,
+            stop_ids_PW=lanes.stop_ids_PW,
+            key_P=lanes.key_P,
+        )
+
+    def walk(
+        self, lane_B: Tensor, drawn_T: Tensor, token_T: Tensor, hidden_TE: Tensor, parent_N: Tensor, result_BR: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """See kernels.tree_step.walk_trees."""
+        lanes = self.lanes
+        return walk_trees(
+            lane_B,
+            drawn_T,
+            token_T,
+            hidden_TE,
+            parent_N=parent_N,
+            num_levels=result_BR.shape[1] - NUM_RESULT_COLUMNS,
+            num_known_P=lanes.num_known_P,
+            max_total_P=lanes.max_total_P,
+            is_finished_P=lanes.is_finished_P,
+            stop_ids_PW=lanes.stop_ids_PW,
+            tokens_PL=lanes.tokens_PL,
+            hidden_PE=lanes.hidden_PE,
+            block_table_PX=self.tables.table_PX,
+            block_size=self.tables.block_size,
+            spare_slot=self.tables.spare_slot,
+            result_BR=result_BR,
+        )
+
+
+class DecodeStep:
+    """B lanes, N nodes each. Set the lanes, then call it.
+
+    lane_B: int64, the input. result_BR: int64 [B, L + 3], the output (see walk_trees). Both stay where they are.
+    """
+
+    def __init__(self, parts: StepParts, lane_B: Tensor, tree: DeviceTree, *, is_greedy: bool) -> None:
+        self.tree = tree
+        self.lane_B = lane_B
+        self.result_BR = lane_B.new_zeros(lane_B.shape[0], tree.max_depth + 1 + NUM_RESULT_COLUMNS)
+        self._parts = parts
+        self._is_greedy = is_greedy
+
+    def __call__(self) -> None:
+        parts, lanes, tree = self._parts, self._parts.lanes, self.tree
+        token_T, position_T, slot_T, index_T, lane_T, base_B = pack_trees(
+            self.lane_B,
+            self._draft(),
+            depth_N=tree.depth_N,
+            rank_N=tree.rank_N,
+            num_known_P=lanes.num_known_P,
+            num_prompt_P=lanes.num_prompt_P,
+            tokens_PL=lanes.tokens_PL,
+            block_table_PX=parts.tables.table_PX,
+            block_size=parts.tables.block_size,
+            spare_slot=parts.tables.spare_slot,
+            max_position=lanes.max_model_len - 1,
+        )
+        context = tree_context(
+            parts.kv_store,
+            slot_T,
+            parts.tables,
+            lane_B=self.lane_B,
+            base_B=base_B,
+            depth_N=tree.depth_N,
+            ancestor_bits_N=tree.ancestor_bits_N,
+            workspace=parts.workspace,
+        )
+        hidden_TE = parts.model.forward(token_T, position_T, context)
+        drawn_T = parts.draw(parts.model.project(hidden_TE), lane_T, index_T, is_greedy=self._is_greedy)
+        source_BL, target_BL = parts.walk(self.lane_B, drawn_T, token_T, hidden_TE, tree.parent_N, self.result_BR)
+        if tree.num_nodes > 1:
+            for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
+                commit_path(key_YSGD, value_YSGD, source_BL, target_BL)
+
+    def _draft(self) -> Tensor | None:
+        draft = self._parts.model.draft
+        if draft is None or self.tree.num_nodes == 1:
+            return None
+        return draft(self._parts.lanes.hidden_PE[self.lane_B], self.tree.max_depth, self.tree.max_rank + 1)
+
+
+class PrefillStep:
+    """T rows of prompt chunks, up to C of them last chunks. `load` the chunks, then call it.
+
+    result_BR: int64 [C, 1 + 3], a row per last chunk in the order of the chunks.
+    """
+
+    def __init__(self, parts: StepParts, num_rows: int, num_draws: int, *, is_greedy: bool) -> None:
+        device = parts.model.device
+        self.num_rows = num_rows
+        self.num_draws = num_draws
+        # every chunk may leave one tile half full
+        self._num_tiles = -(-num_rows // parts.tile_rows) + num_draws
+        self._parts = parts
+        self._is_greedy = is_greedy
+        self._root = DeviceTree.causal(1, device)
+        self._inputs = torch.zeros(2 * num_rows + 2 * num_draws + 4 * self._num_tiles, dtype=torch.int64, device=device)
+        self.result_BR = torch.zeros(num_draws, 1 + NUM_RESULT_COLUMNS, dtype=torch.int64, device=device)
+        self.load([])
+
+    def load(self, chunks: Sequence[PrefillChunk]) -> None:
+        """Set the chunks: at most C, of at most T tokens together. All that is left is the null lane's."""
+        lanes = self._parts.lanes
+        lane_T = np.full(self.num_rows, lanes.null_lane, dtype=np.int64)
+        position_T = np.zeros(self.num_rows, dtype=np.int64)
+        draw_row_C = np.zeros(self.num_draws, dtype=np.int64)
+        draw_lane_C = np.full(self.num_draws, lanes.null_lane, dtype=np.int64)
+        tiles: list[tuple[int, int, int, int]] = []
+        row = num_draws = 0
+        for chunk in chunks:
+            end = row + chunk.num_tokens
+            lane_T[row:end] = chunk.lane
+            position_T[row:end] = np.arange(chunk.start, chunk.start + chunk.num_tokens)
+            for offset in range(0, chunk.num_tokens, self._parts.tile_rows):
+                num_rows = min(self._parts.tile_rows, chunk.num_tokens - offset)
+                tiles.append((chunk.lane, row + offset, num_rows, chunk.start + offset))
+            if chunk.is_last:
+                draw_row_C[num_draws], draw_lane_C[num_draws] = end - 1, chunk.lane
+                num_draws += 1
+            row = end
+        tiles_4Q = np.zeros((4, self._num_tiles), dtype=np.int64)
+        tiles_4Q[:, : len(tiles)] = np.array(tiles, dtype=np.int64).reshape(-1, 4).T
+        self._inputs.copy_(lanes.upload(np.concatenate([lane_T, position_T, draw_row_C, draw_lane_C, tiles_4Q.ravel()])))
+
+    def __call__(self) -> None:
+        parts, lanes, tables = self._parts, self._parts.lanes, self._parts.tables
+        sizes = [self.num_rows] * 2 + [self.num_draws] * 2 + [4 * self._num_tiles]
+        lane_T, position_T, draw_row_C, draw_lane_C, tiles = torch.split(self._inputs, sizes)
+        block_T = tables.table_PX[lane_T, position_T // tables.block_size]
+        slot_T = torch.where(block_T < 0, tables.spare_slot, block_T * tables.block_size + position_T % tables.block_size)
+        context = chunk_context(
+            parts.kv_store, slot_T, tables, tiles_4Q=tiles.to(torch.int32).view(4, -1), tile_rows=parts.tile_rows
+        )
+        hidden_TE = parts.model.forward(lanes.tokens_PL[lane_T, position_T], position_T, context)
+        hidden_CE = hidden_TE[draw_row_C]
+        index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
+        drawn_C = parts.draw(parts.model.project(hidden_CE), draw_lane_C, index_C, is_greedy=self._is_greedy)
+        parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)

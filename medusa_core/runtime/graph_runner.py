@@ -1,0 +1,248 @@
+"""Runs plans as captured steps: one graph per size of step, replayed with nothing but a list of lanes from the host.
+
+At start a decode step is captured for every (lanes, nodes) bucket under the row budget, and a prefill step for every number of
+rows, each once for lanes that all decode greedily and once for lanes that sample. A plan's groups are filled up to the next bucket
+with the null lane; its chunks run behind them as a second launch. Results leave the device by a copy of their own, so the next
+step can be launched before they are read.
+
+Without a CUDA device the same steps run uncaptured, in Triton's interpreter; that is how the tests cover them on a CPU.
+"""
+
+from __future__ import annotations
+
+import bisect
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from medusa_core.errors import ConfigError
+from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
+from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
+from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
+from medusa_core.runtime.results import lane_result
+from medusa_core.speculation.device_tree import DeviceTree
+from medusa_core.tree.topology import TreeTopology
+
+logger = logging.getLogger(__name__)
+
+# Chunks of one prefill launch that may draw; a plan with more of them launches again.
+MAX_CHUNKS = 16
+_NUM_TIMED = 5
+
+
+@dataclass(slots=True)
+class _LaunchedGroup:
+    """Lanes of one launch, and where their result rows arrive."""
+
+    lanes: Sequence[int]
+    uids: list[int]
+    tree: DeviceTree
+    result_BR: Tensor
+
+
+class PendingGraphResult:
+    """A launched step (plan.PendingStep)."""
+
+    def __init__(self, step_id: int, groups: list[_LaunchedGroup], is_done: torch.cuda.Event | None) -> None:
+        self._step_id = step_id
+        self._groups = groups
+        self._is_done = is_done
+
+    def result(self) -> StepResult:
+        """Wait for the step's copies, not for what was launched behind it."""
+        if self._is_done is not None:
+            self._is_done.synchronize()
+        return StepResult(step_id=self._step_id, lanes=[lane for group in self._groups for lane in _read(group)])
+
+
+class GraphRunner:
+    """plan.Runner over captured steps.
+
+    node_sizes: every tree size that plans may name. max_rows: most decode rows (lanes x nodes) of a plan. max_chunk_rows: most
+    prefill tokens of a plan.
+    """
+
+    def __init__(
+        self, parts: StepParts, topology: TreeTopology, *, node_sizes: Sequence[int], max_rows: int, max_chunk_rows: int
+    ) -> None:
+        self._parts = parts
+        self._lanes = parts.lanes
+        self._max_chunk_rows = max_chunk_rows
+        device = parts.model.device
+        self._is_cuda = device.type == "cuda"
+        max_lanes = parts.lanes.num_lanes
+        self._sizes = lane_buckets(max_lanes)
+        # The lanes of a step, by bucket, and what is in there now: a list that stays is not sent again.
+        self._lane_inputs = {size: torch.full((size,), parts.lanes.null_lane, device=device) for size in self._sizes}
+        self._loaded: dict[int, list[int]] = {}
+        self._trees = {nodes: DeviceTree.create(topology.prefix(nodes), device) for nodes in node_sizes}
+        self._decode = {
+            (size, nodes, is_greedy): DecodeStep(parts, self._lane_inputs[size], self._trees[nodes], is_greedy=is_greedy)
+            for size, nodes in decode_buckets(max_lanes, node_sizes, max_rows)
+            for is_greedy in (True, False)
+        }
+        self._chunk_sizes = chunk_buckets(max_chunk_rows)
+        self._prefill = {
+            (rows, is_greedy): PrefillStep(parts, rows, MAX_CHUNKS, is_greedy=is_greedy)
+            for rows in self._chunk_sizes
+            for is_greedy in (True, False)
+        }
+        self._replay: dict[DecodeStep | PrefillStep, Callable[[], None]] = {}
+
+    @property
+    def num_graphs(self) -> int:
+        return len(self._replay)
+
+    @torch.inference_mode()
+    def capture(self, *, progress: bool = False) -> None:
+        """Capture every step. Before this, or without CUDA, steps run kernel by kernel; so do those of a model whose forward pass
+        cannot be captured, because it asks the device for values on the way."""
+        if not self._is_cuda:
+            return
+        steps: list[DecodeStep | PrefillStep] = [*self._decode.values(), *self._prefill.values()]
+        # The largest first: later captures then reuse its memory, as no two graphs run at once.
+        steps.sort(key=lambda step: -_num_rows(step))
+        pool = torch.cuda.graph_pool_handle()
+        try:
+            for step in tqdm(steps, desc="capturing steps", disable=not progress):
+                self._replay[step] = _capture(step, pool)
+        except torch.OutOfMemoryError as error:
+            raise ConfigError(
+                f"The device's memory does not hold the steps of {self._lanes.num_lanes} lanes ({len(self._replay)} captured).",
+                hint="Lower --max-num-seqs or --memory-fraction.",
+            ) from error
+        except RuntimeError as error:
+            self._replay.clear()
+            logger.warning("The model's steps cannot be captured and run kernel by kernel, which is slower: %s", error)
+        torch.cuda.synchronize()
+
+    @torch.inference_mode()
+    def submit(self, plan: StepPlan) -> PendingGraphResult:
+        """Apply lane changes, launch the decode groups, then the chunks."""
+        self._lanes.apply(plan, self._parts.model.eos_token_ids)
+        groups = [self._launch_group(group) for group in plan.decode_groups]
+        groups += [group for chunks in _launches(plan.chunks, self._max_chunk_rows) if (group := self._launch_chunks(chunks))]
+        return PendingGraphResult(plan.step_id, groups, self._record() if groups else None)
+
+    @torch.inference_mode()
+    def measure_decode(self) -> dict[tuple[int, int], float]:
+        """Seconds on the device of a decode step, by (lanes, nodes), on null lanes: with an empty context."""
+        seconds = {}
+        for (size, nodes, is_greedy), step in self._decode.items():
+            if is_greedy:
+                self._load_lanes(size, [])
+                seconds[size, nodes] = self._seconds(step)
+        return seconds
+
+    @torch.inference_mode()
+    def measure_prefill(self) -> dict[int, float]:
+        """Seconds on the device of a prefill step, by rows, without context."""
+        seconds = {}
+        for (rows, is_greedy), step in self._prefill.items():
+            if is_greedy:
+                step.load([])
+                seconds[rows] = self._seconds(step)
+        return seconds
+
+    def _launch_group(self, group: DecodeGroup) -> _LaunchedGroup:
+        num_lanes = len(group.lanes)
+        size = self._sizes[bisect.bisect_left(self._sizes, num_lanes)]
+        self._load_lanes(size, group.lanes)
+        step = self._decode[size, group.num_nodes, self._lanes.is_all_greedy(group.lanes)]
+        self._run(step)
+        return self._collect(group.lanes, step.tree, step.result_BR)
+
+    def _launch_chunks(self, chunks: list[PrefillChunk]) -> _LaunchedGroup | None:
+        """None if no chunk draws."""
+        num_rows = sum(chunk.num_tokens for chunk in chunks)
+        drawing = [chunk.lane for chunk in chunks if chunk.is_last]
+        size = self._chunk_sizes[bisect.bisect_left(self._chunk_sizes, num_rows)]
+        step = self._prefill[size, self._lanes.is_all_greedy(drawing)]
+        step.load(chunks)
+        self._run(step)
+        return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
+
+    def _load_lanes(self, size: int, lanes: list[int]) -> None:
+        if self._loaded.get(size) != lanes:
+            self._loaded[size] = lanes
+            padding = [self._lanes.null_lane] * (size - len(lanes))
+            self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
+
+    def _run(self, step: DecodeStep | PrefillStep) -> None:
+        self._replay.get(step, step)()
+
+    def _collect(self, lanes: Sequence[int], tree: DeviceTree, result_BR: Tensor) -> _LaunchedGroup:
+        """Start the copy of the lanes' result rows; the step's own buffer is free for its next launch behind it."""
+        host_BR = torch.empty(len(lanes), result_BR.shape[1], dtype=torch.int64, pin_memory=self._is_cuda)
+        host_BR.copy_(result_BR[: len(lanes)], non_blocking=True)
+        return _LaunchedGroup(lanes, [self._lanes.host[lane].uid for lane in lanes], tree, host_BR)
+
+    def _record(self) -> torch.cuda.Event | None:
+        if not self._is_cuda:
+            return None
+        event = _event()
+        event.record()
+        return event
+
+    def _seconds(self, step: DecodeStep | PrefillStep) -> float:
+        self._run(step)
+        if not self._is_cuda:
+            start_s = time.perf_counter()
+            self._run(step)
+            return time.perf_counter() - start_s
+        start, end = _event(enable_timing=True), _event(enable_timing=True)
+        start.record()
+        for _ in range(_NUM_TIMED):
+            self._run(step)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3 / _NUM_TIMED
+
+
+def _launches(chunks: Sequence[PrefillChunk], max_rows: int) -> Iterator[list[PrefillChunk]]:
+    """The chunks in as few launches as hold them."""
+    launch: list[PrefillChunk] = []
+    num_rows = 0
+    for chunk in chunks:
+        if launch and (len(launch) == MAX_CHUNKS or num_rows + chunk.num_tokens > max_rows):
+            yield launch
+            launch, num_rows = [], 0
+        launch.append(chunk)
+        num_rows += chunk.num_tokens
+    if launch:
+        yield launch
+
+
+def _num_rows(step: DecodeStep | PrefillStep) -> int:
+    return step.lane_B.shape[0] * step.tree.num_nodes if isinstance(step, DecodeStep) else step.num_rows
+
+
+def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
+
+
+def _capture(step: DecodeStep | PrefillStep, pool: Any) -> Callable[[], None]:
+    """Run the step once, which compiles its kernels and lets libraries allocate what they need, then record it."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        step()
+    return graph.replay
+
+
+def _read(group: _LaunchedGroup) -> list[LaneResult]:
+    tree, num_levels = group.tree, group.result_BR.shape[1] - 3
+    return [
+        lane_result(lane, uid, tree, row[:num_levels], *row[num_levels:])
+        for lane, uid, row in zip(group.lanes, group.uids, group.result_BR.tolist(), strict=True)
+    ]
