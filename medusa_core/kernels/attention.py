@@ -27,12 +27,16 @@ class AttentionTile:
     """How a launch is cut: rows (query x head) and keys of one matrix product, warps, and depth of the load pipeline.
 
     Rows and keys are powers of two >= 16.
+
+    reads_ahead: a split's first keys and values are loaded into registers as soon as possible, ahead of the pipelined loop over the
+        others: best where a split seldom has others. Trees only.
     """
 
     block_rows: int
     block_keys: int
     num_warps: int
     num_stages: int
+    reads_ahead: bool = False
 
 
 class SplitWorkspace:
@@ -58,33 +62,52 @@ class SplitWorkspace:
 
 # float32 products run without tensor cores, their operands in registers: larger tiles spill.
 _FLOAT32_TILE = AttentionTile(block_rows=16, block_keys=32, num_warps=4, num_stages=2)
+_NUM_MULTIPROCESSORS = 132  # of an H200
+_MAX_SPLITS = 32
+_MERGE_REGISTERS = 64  # of each thread, for the parts of a split context that are merged at once
 
 
 def tree_tile(
-    num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.bfloat16
+    num_lanes: int,
+    num_nodes: int,
+    num_heads: int,
+    num_kv_heads: int,
+    dtype: torch.dtype = torch.bfloat16,
+    head_dim: int = 64,
 ) -> AttentionTile:
-    """The tile of a tree launch: small while few lanes leave the chip empty, larger where re-reading keys would cost bandwidth."""
+    """The tile of a tree launch: few rows while few lanes leave the chip empty, more where re-reading keys would cost bandwidth.
+
+    head_dim: the larger of D and Dv.
+    """
     if dtype == torch.float32:
         return _FLOAT32_TILE
-    num_rows = num_nodes * (num_heads // num_kv_heads)
-    if num_lanes * num_rows <= 256:
-        block_rows = 16
-    elif num_lanes * num_rows <= 1024:
-        block_rows = 32
-    else:
-        block_rows = 64
-    block_rows = min(block_rows, max(16, triton.next_power_of_2(num_rows)))
-    return AttentionTile(block_rows=block_rows, block_keys=64, num_warps=4, num_stages=3)
+    block_rows = _tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads)
+    num_tiles = num_lanes * num_kv_heads * triton.cdiv(num_nodes * (num_heads // num_kv_heads), block_rows)
+    return AttentionTile(
+        block_rows=block_rows,
+        block_keys=128 if head_dim <= 128 else 64,
+        num_warps=4 if head_dim <= 64 else 8,
+        num_stages=2,
+        reads_ahead=num_tiles <= _NUM_MULTIPROCESSORS,
+    )
 
 
-def tree_splits(num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int, num_programs: int = 264) -> int:
-    """Into how many parts to cut each context so that a launch has about `num_programs` programs.
+def tree_splits(
+    num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int, num_programs: int = 3 * _NUM_MULTIPROCESSORS
+) -> int:
+    """Into how many parts to cut each context so that a launch has about `num_programs` programs, which all run at once.
 
-    The default is two per multiprocessor of an H200. A context too short for that many parts uses fewer, decided on the device.
+    A context too short for that many blocks of keys uses fewer parts, decided on the device.
     """
-    block_rows = tree_tile(num_lanes, num_nodes, num_heads, num_kv_heads).block_rows
+    block_rows = _tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads)
     num_tiles = triton.cdiv(num_nodes * (num_heads // num_kv_heads), block_rows)
-    return int(max(1, min(32, num_programs // (num_lanes * num_kv_heads * num_tiles))))
+    return int(max(1, min(_MAX_SPLITS, num_programs // (num_lanes * num_kv_heads * num_tiles))))
+
+
+def _tree_block_rows(num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int) -> int:
+    num_rows = num_nodes * (num_heads // num_kv_heads)
+    block_rows = 16 if num_lanes * num_rows <= 256 else 64
+    return int(min(block_rows, max(16, triton.next_power_of_2(num_rows))))
 
 
 def chunk_tile_rows(num_heads: int, num_kv_heads: int) -> int:
@@ -112,6 +135,7 @@ def tree_attention(
     workspace: SplitWorkspace | None = None,
     out_THDv: Tensor | None = None,
     tile: AttentionTile | None = None,
+    use_pdl: bool = False,
 ) -> Tensor:
     """Attention of B trees of N nodes each, T = B * N rows, lane-major. The trees' own K/V are in the cache already.
 
@@ -132,6 +156,9 @@ def tree_attention(
         workspace: needed if num_splits > 1; mutated, counters end at zero.
         out_THDv: written and returned if given; contiguous.
         tile: overrides tree_tile.
+        use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). That kernel, and those
+            before it back to the last one that was launched without, may write queries and the trees' own K/V only: the block
+            table, lanes, bases, depths, bits and committed K/V are read without waiting for them.
 
     Returns:
         [T, H, Dv] in the query's dtype.
@@ -149,10 +176,11 @@ def tree_attention(
     if out_THDv is None:
         out_THDv = query_THD.new_empty(num_rows, num_heads, value_dim)
     if tile is None:
-        tile = tree_tile(num_lanes, num_nodes, num_heads, num_kv_heads, query_THD.dtype)
+        tile = tree_tile(num_lanes, num_nodes, num_heads, num_kv_heads, query_THD.dtype, max(key_dim, value_dim))
     constants = _layer_constants(num_heads, num_kv_heads, key_dim, value_dim, block_size, window, softcap)
     is_split = workspace is not None and num_splits > 1
     num_repeats = num_heads // num_kv_heads
+    options = {"launch_pdl": True} if use_pdl else {}
     grid = (triton.cdiv(num_nodes * num_repeats, tile.block_rows), num_splits, num_lanes * num_kv_heads)
     tree_kernel[grid](
         query_THD,
@@ -176,11 +204,14 @@ def tree_attention(
         num_nodes,
         IS_SPLIT=is_split,
         MERGE_SPLITS=_merge_splits(tile, constants["BLOCK_V"]),
+        READ_AHEAD=tile.reads_ahead,
+        USE_PDL=use_pdl,
         **constants,
         BLOCK_M=tile.block_rows,
         BLOCK_C=tile.block_keys,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        **options,
     )
     return out_THDv
 
@@ -226,7 +257,7 @@ def chunk_attention(
         out_THDv = query_THD.new_empty(num_rows, num_heads, value_dim)
     num_tile_rows = tile_rows * (num_heads // num_kv_heads)
     if tile is None:
-        tile = _chunk_tile(num_tile_rows, query_THD.dtype)
+        tile = _chunk_tile(num_tile_rows, max(key_dim, value_dim), query_THD.dtype)
     constants = _layer_constants(num_heads, num_kv_heads, key_dim, value_dim, block_size, window, softcap)
     chunk_kernel[(triton.cdiv(num_tile_rows, tile.block_rows), num_kv_heads, tile_row_Q.shape[0])](
         query_THD,
@@ -253,16 +284,21 @@ def chunk_attention(
     return out_THDv
 
 
-def _chunk_tile(num_tile_rows: int, dtype: torch.dtype) -> AttentionTile:
+def _chunk_tile(num_tile_rows: int, head_dim: int, dtype: torch.dtype) -> AttentionTile:
     if dtype == torch.float32:
         return _FLOAT32_TILE
     block_rows = min(128, max(16, triton.next_power_of_2(num_tile_rows)))
-    return AttentionTile(block_rows=block_rows, block_keys=64, num_warps=4 if block_rows <= 64 else 8, num_stages=3)
+    return AttentionTile(
+        block_rows=block_rows,
+        block_keys=128 if head_dim <= 128 else 64,
+        num_warps=4 if block_rows <= 64 and head_dim <= 64 else 8,
+        num_stages=2,
+    )
 
 
 def _merge_splits(tile: AttentionTile, block_value_dim: int) -> int:
-    """How many splits a merge holds at once: 32 registers of each thread."""
-    return max(1, min(16, 32 * 32 * tile.num_warps // (tile.block_rows * block_value_dim)))
+    """How many splits a merge holds at once."""
+    return max(1, min(_MAX_SPLITS, _MERGE_REGISTERS * 32 * tile.num_warps // (tile.block_rows * block_value_dim)))
 
 
 def _check_workspace(workspace: SplitWorkspace | None, num_partials: int, value_dim: int) -> None:

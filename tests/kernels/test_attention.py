@@ -17,12 +17,15 @@ from medusa_core.kernels.attention import (
     tree_attention,
     tree_splits,
 )
+from medusa_core.kernels.kv_cache import write_kv
 from tests import options
 
 DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if options.device != "cpu" else [])
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 # small, so that short contexts take several blocks of keys and several row tiles
 SMALL_TILE = AttentionTile(block_rows=16, block_keys=16, num_warps=4, num_stages=2)
+AHEAD_TILE = replace(SMALL_TILE, reads_ahead=True)
+CAN_PDL = options.device != "cpu" and torch.cuda.get_device_capability() >= (9, 0)
 
 
 @dataclass
@@ -127,7 +130,7 @@ def ancestor_bits(mask_NN):
     return torch.tensor([value - (1 << 64) if value >= 1 << 63 else value for value in bits])
 
 
-def run_tree(case, depth, mask, *, num_splits=1, workspace=None, tile=SMALL_TILE, query=None):
+def run_tree(case, depth, mask, *, num_splits=1, workspace=None, tile=SMALL_TILE, query=None, use_pdl=False):
     return tree_attention(
         (case.query if query is None else query).to(options.device),
         lane_B=case.lane_B.to(options.device),
@@ -137,6 +140,7 @@ def run_tree(case, depth, mask, *, num_splits=1, workspace=None, tile=SMALL_TILE
         num_splits=num_splits,
         workspace=workspace,
         tile=tile,
+        use_pdl=use_pdl,
         **case.layer(),
     )
 
@@ -147,8 +151,12 @@ def workspace_for(case, num_splits):
 
 def check_tree(case, num_splits=1, tile=SMALL_TILE):
     depth, mask = random_tree(case.num_new, case.seed)
-    out = run_tree(case, depth, mask, num_splits=num_splits, workspace=workspace_for(case, num_splits), tile=tile)
-    case.assert_close(out, case.reference(depth, mask))
+    expected = case.reference(depth, mask)
+    for use_pdl in (False, True) if CAN_PDL else (False,):
+        out = run_tree(
+            case, depth, mask, num_splits=num_splits, workspace=workspace_for(case, num_splits), tile=tile, use_pdl=use_pdl
+        )
+        case.assert_close(out, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,6 +175,53 @@ def test_query_heads_share_kv_heads(heads):
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 128), (8, 24), (96, 40)])
 def test_head_dims(dims, dtype):
     check_tree(Case(bases=[30], num_new=4, dims=dims, dtype=dtype), num_splits=2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("num_splits", [1, 3, 20])
+@pytest.mark.parametrize("num_nodes", [1, 20])
+def test_reading_ahead(num_nodes, num_splits, dtype):
+    """Splits of one block, of several, and whose first block holds committed keys, nodes, or both."""
+    check_tree(Case(bases=[0, 30, 64, 100], num_new=num_nodes, heads=(2, 1), dtype=dtype), num_splits, AHEAD_TILE)
+
+
+@pytest.mark.parametrize("window", [1, 17])
+def test_reading_ahead_of_a_window(window):
+    check_tree(Case(bases=[0, 70], num_new=20, heads=(2, 1), dims=(8, 24), window=window, seed=1), 3, AHEAD_TILE)
+
+
+@pytest.mark.parametrize("tile", [SMALL_TILE, AHEAD_TILE])
+def test_what_the_kernel_before_writes_is_waited_for(tile):
+    """Queries and the trees' keys and values, written over and over by the launches just before, in a captured chain."""
+    case = Case(bases=[90, 7], num_new=6, heads=(4, 2), dims=(64, 64), block_size=16, dtype=torch.float16)
+    depth, mask = random_tree(6)
+    layer, workspace = case.layer(), workspace_for(case, 4)
+    slots_T = torch.cat([case.context_slots()[lane, base : base + 6] for lane, base in enumerate(case.bases)])
+    key_TGD, value_TGD, query_THD = (x.to(options.device) for x in (case.keys[slots_T], case.values[slots_T], case.query))
+    inputs = {"lane_B": case.lane_B, "base_B": case.base_B, "depth_N": depth, "ancestor_bits_N": ancestor_bits(mask)}
+    inputs = {name: value.to(options.device) for name, value in inputs.items()}
+    slots_T, buffer_THD, results = slots_T.to(options.device), torch.empty_like(query_THD), []
+
+    def chain():
+        results.clear()
+        for scale in (1.0, 0.0, 2.0, 1.0):
+            torch.mul(query_THD, scale, out=buffer_THD)
+            write_kv(key_TGD, value_TGD * scale, layer["key_slots_SGD"], layer["value_slots_SGD"], slots_T)
+            results.append(
+                tree_attention(buffer_THD, num_splits=4, workspace=workspace, tile=tile, use_pdl=CAN_PDL, **inputs, **layer)
+            )
+
+    chain()
+    if options.device != "cpu":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            chain()
+        for _ in range(20):
+            graph.replay()
+    case.assert_close(results[0], case.reference(depth, mask))
+    assert torch.equal(results[0], results[3])
+    assert not torch.equal(results[1], results[0])
+    assert not torch.equal(results[2], results[0])
 
 
 @pytest.mark.parametrize("block_size", [1, 4, 16])
@@ -271,7 +326,7 @@ def test_too_many_nodes_are_refused():
         run_tree(case, torch.zeros(65, dtype=torch.int64), torch.eye(64, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("bases", "most_programs"), [(1, 264), (16, 264), (1024, 2048)])
+@pytest.mark.parametrize(("bases", "most_programs"), [(1, 396), (16, 396), (1024, 2048)])
 @pytest.mark.parametrize("num_nodes", [1, 16, 64])
 def test_splits_fill_the_chip_and_no_more(num_nodes, bases, most_programs):
     splits = tree_splits(bases, num_nodes, 14, 2)
