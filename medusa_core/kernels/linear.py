@@ -1,14 +1,17 @@
 """The products of a decoder layer, of the output projection and of Medusa heads, with what surrounds them fused in.
 
-Each function picks by rows and dtype: up to 64 rows of 16-bit values go through `medusa_core.kernels.skinny`, more rows (or
-float32) through cuBLAS, with pointwise kernels beside it. Both round alike, so results differ by the order of additions only.
+Each function picks by rows and dtype: few rows of 16-bit values go through `medusa_core.kernels.skinny`, more rows (or float32)
+through cuBLAS, with pointwise kernels beside it. Results differ by the order of additions, and by the roundings between a product
+and what follows it, which the skinny kernel does not need.
+
+The weight of an RMS norm is part of the product behind it (`fold_norm`): norm(x) W = x W' / rms(x) with W'[f, e] = W[f, e] *
+norm_weight[e]. That rounds once (the elements of W') where the unfused modules round twice (the scaled value, then its product
+with the norm's weight), so the error is smaller; and nothing needs doing to x on its way to the tensor cores.
 """
 
 # Shape suffixes: T rows · E hidden · F outputs · I intermediate size · V vocabulary · K heads
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,8 +25,10 @@ __all__ = [
     "MAX_SKINNY_ROWS",
     "SkinnyConfig",
     "choose_config",
+    "fold_norm",
     "gated_linear",
     "heads_block",
+    "interleave",
     "is_skinny",
     "linear_residual",
     "norm_linear",
@@ -34,7 +39,7 @@ __all__ = [
 MAX_SKINNY_ROWS = 64
 # A split's share of the input values, and the widest row a program takes without a loop.
 _WHOLE_ROW = 1024
-# So many tiles keep every processor busy without splitting the input values.
+# So many tiles keep every processor busy without splitting the input values, and without taking a row whole.
 _ENOUGH_TILES = 256
 
 
@@ -43,29 +48,45 @@ def is_skinny(x_TE: Tensor) -> bool:
     return x_TE.shape[-2] <= MAX_SKINNY_ROWS and x_TE.dtype in (torch.float16, torch.bfloat16)
 
 
-def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, is_gated: bool = False) -> SkinnyConfig:
-    """The cut of a product. How the input values are split never depends on `num_rows`; the order of additions inside a split
-    changes once, beyond 16 rows, where a program no longer holds its share of all rows."""
+def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split: bool = False) -> SkinnyConfig:
+    """The cut of a product with a weight [num_outputs, num_inputs], as measured best on an H200.
+
+    It is the same for 1 to 16 rows, and for 17 and more: within each range a row's result does not depend on the number of rows.
+    """
     num_tiles = -(-num_outputs // 16)
-    can_split = not is_gated and num_inputs > _WHOLE_ROW and num_tiles < _ENOUGH_TILES
-    split_k = min(-(-num_inputs // _WHOLE_ROW), 8) if can_split else 1
+    is_narrow = num_tiles < _ENOUGH_TILES
+    split_k = min(-(-num_inputs // _WHOLE_ROW), 8) if can_split and is_narrow else 1
     share = _power_of_two(-(-num_inputs // split_k))
-    block_t = 16 if num_rows <= 16 else 32 if num_rows <= 32 else 64
+    block_k = min(128, share)
+    if num_rows > 16:
+        if num_tiles >= 16 * _ENOUGH_TILES:
+            return SkinnyConfig(block_t=64, block_f=128, block_k=block_k, num_warps=8, prefetch=False)
+        if is_narrow:
+            return SkinnyConfig(block_t=64, block_f=16 if split_k == 1 else 32, block_k=block_k, split_k=split_k, num_stages=6)
+        return SkinnyConfig(block_t=64, block_f=64, block_k=block_k)
     if num_tiles >= 16 * _ENOUGH_TILES:
-        return SkinnyConfig(block_t=block_t, block_f=64, block_k=min(128, share), num_warps=4, num_stages=4)
-    if block_t == 16 and share <= _WHOLE_ROW:
-        return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_warps=8, num_stages=1)
-    block_f = 16 if num_tiles < _ENOUGH_TILES else 32
-    return SkinnyConfig(block_t=block_t, block_f=block_f, block_k=min(128, share), split_k=split_k, num_stages=5)
+        return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=3, prefetch=False)
+    if is_narrow and share <= _WHOLE_ROW:
+        return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_stages=1)
+    return SkinnyConfig(block_t=16, block_f=16 if is_narrow else 32, block_k=block_k, split_k=split_k, num_stages=5)
 
 
 def _power_of_two(value: int) -> int:
     return max(16, 1 << (value - 1).bit_length())
 
 
+def fold_norm(weight_FE: Tensor, norm_weight_E: Tensor) -> Tensor:
+    """The weight of a product whose input an RMS norm without a weight of its own divides, rounded once to its dtype."""
+    return (weight_FE.float() * norm_weight_E.float()).to(weight_FE.dtype)
+
+
+def interleave(gate_IE: Tensor, up_IE: Tensor) -> Tensor:
+    """[2I, E]: row 2i is gate i, row 2i + 1 up i, so that one tile holds both and one thread the pair's sums."""
+    return torch.stack((gate_IE, up_IE), dim=1).flatten(0, 1)
+
+
 def norm_linear(
     hidden_TE: Tensor,
-    norm_weight_E: Tensor,
     eps: float,
     weight_FE: Tensor,
     bias_F: Tensor | None = None,
@@ -76,47 +97,33 @@ def norm_linear(
 ) -> Tensor:
     """RMS norm, then a linear layer: [T, F] in the model's dtype.
 
-    counters: from `split_counters`, for configs that split. config: instead of `choose_config`'s, for measurements.
+    weight_FE: with the norm's weight in it, see `fold_norm`. counters: from `split_counters`; without, nothing is split. config:
+    instead of `choose_config`'s, for measurements.
     """
-    if not is_skinny(hidden_TE):
-        return functional.linear(rms_norm(hidden_TE, norm_weight_E, eps), weight_FE, bias_F)
-    config = _config(config, hidden_TE, weight_FE.shape[0], counters)
+    config = config or _default_config(hidden_TE, weight_FE, counters)
+    if config is None:
+        return functional.linear(rms_norm(hidden_TE, None, eps, use_pdl=use_pdl), weight_FE, bias_F)
+    hidden_TE, norm_eps = _norm_apart(hidden_TE, eps, config, use_pdl)
+    out_TF = hidden_TE.new_empty(hidden_TE.shape[0], weight_FE.shape[0])
     return skinny_product(
-        hidden_TE,
-        weight_FE,
-        config,
-        out=_like(hidden_TE, weight_FE.shape[0]),
-        bias=bias_F,
-        norm_weight_E=norm_weight_E,
-        eps=eps,
-        counters=counters,
-        use_pdl=use_pdl,
+        hidden_TE, weight_FE, config, out=out_TF, bias=bias_F, norm_eps=norm_eps, counters=counters, use_pdl=use_pdl
     )
 
 
 def gated_linear(
-    hidden_TE: Tensor,
-    norm_weight_E: Tensor,
-    eps: float,
-    weight_2IE: Tensor,
-    *,
-    config: SkinnyConfig | None = None,
-    use_pdl: bool = False,
+    hidden_TE: Tensor, eps: float, weight_2IE: Tensor, *, config: SkinnyConfig | None = None, use_pdl: bool = False
 ) -> Tensor:
-    """RMS norm, then silu(gate) * up: [T, I]. Rows 0..I-1 of the weight are the gate, the others up."""
-    num_outputs = weight_2IE.shape[0] // 2
-    if not is_skinny(hidden_TE):
-        return silu_mul(functional.linear(rms_norm(hidden_TE, norm_weight_E, eps), weight_2IE))
-    return skinny_product(
-        hidden_TE,
-        weight_2IE,
-        config or choose_config(hidden_TE.shape[0], num_outputs, hidden_TE.shape[1], is_gated=True),
-        out=_like(hidden_TE, num_outputs),
-        epilogue="gated",
-        norm_weight_E=norm_weight_E,
-        eps=eps,
-        use_pdl=use_pdl,
-    )
+    """RMS norm, then silu(gate) * up: [T, I].
+
+    weight_2IE: gate and up alternate (`interleave`), with the norm's weight in them (`fold_norm`). config: as for `norm_linear`.
+    """
+    config = config or _default_config(hidden_TE, weight_2IE)
+    if config is None:
+        gate_up_T2I = functional.linear(rms_norm(hidden_TE, None, eps, use_pdl=use_pdl), weight_2IE)
+        return silu_mul(gate_up_T2I, use_pdl=use_pdl)
+    hidden_TE, norm_eps = _norm_apart(hidden_TE, eps, config, use_pdl)
+    out_TI = hidden_TE.new_empty(hidden_TE.shape[0], weight_2IE.shape[0] // 2)
+    return skinny_product(hidden_TE, weight_2IE, config, out=out_TI, epilogue="gated", norm_eps=norm_eps, use_pdl=use_pdl)
 
 
 def linear_residual(
@@ -126,17 +133,26 @@ def linear_residual(
     bias_E: Tensor | None = None,
     *,
     counters: Tensor | None = None,
+    may_overwrite: bool = False,
     config: SkinnyConfig | None = None,
     use_pdl: bool = False,
 ) -> Tensor:
-    """residual + linear(x): [T, E], a new tensor. counters, config: as for `norm_linear`."""
-    if not is_skinny(x_TF):
+    """residual + linear(x): [T, E].
+
+    may_overwrite: the result may be written to the residual's memory, which saves a launch where cuBLAS does the product; else it
+    is a new tensor. counters, config: as for `norm_linear`.
+    """
+    config = config or _default_config(x_TF, weight_EF, counters)
+    if config is None:
+        if may_overwrite and bias_E is None:
+            return residual_TE.addmm_(x_TF, weight_EF.t())
         return functional.linear(x_TF, weight_EF, bias_E).add_(residual_TE)
+    out_TE = torch.empty_like(residual_TE)
     return skinny_product(
         x_TF,
         weight_EF,
-        _config(config, x_TF, weight_EF.shape[0], counters),
-        out=_like(x_TF, weight_EF.shape[0]),
+        config,
+        out=out_TE,
         epilogue="residual",
         bias=bias_E,
         residual=residual_TE,
@@ -154,10 +170,9 @@ def project(
     use_pdl: bool = False,
 ) -> Tensor:
     """Logits float32 [T, V], straight from the float32 sums; 16-bit weights are never rounded to on the way."""
-    num_rows, num_tokens = hidden_TE.shape[0], weight_VE.shape[0]
-    if is_skinny(hidden_TE):
-        out_TV = torch.empty(num_rows, num_tokens, dtype=torch.float32, device=hidden_TE.device)
-        config = config or replace(choose_config(num_rows, num_tokens, hidden_TE.shape[1]), split_k=1)
+    config = config or _default_config(hidden_TE, weight_VE)
+    if config is not None:
+        out_TV = torch.empty(hidden_TE.shape[0], weight_VE.shape[0], dtype=torch.float32, device=hidden_TE.device)
         return skinny_product(hidden_TE, weight_VE, config, out=out_TV, bias=bias_V, use_pdl=use_pdl)
     if hidden_TE.dtype != torch.float32 and hidden_TE.is_cuda:
         logits_TV = torch.mm(hidden_TE, weight_VE.t(), out_dtype=torch.float32)
@@ -169,20 +184,24 @@ def heads_block(
     x_KTE: Tensor, weight_KEE: Tensor, bias_KE: Tensor | None = None, *, config: SkinnyConfig | None = None, use_pdl: bool = False
 ) -> Tensor:
     """One residual block of all Medusa heads, x + silu(linear(x)): [K, T, E]. `x_KTE` may be one hidden state expanded over K."""
-    if not is_skinny(x_KTE):
+    config = config or _default_config(x_KTE, weight_KEE)
+    if config is None:
         weight_KEE = weight_KEE.transpose(1, 2)
         y_KTE = torch.bmm(x_KTE, weight_KEE) if bias_KE is None else torch.baddbmm(bias_KE.unsqueeze(1), x_KTE, weight_KEE)
         return x_KTE + functional.silu(y_KTE)
-    num_heads, num_rows, hidden_size = x_KTE.shape
-    out_KTE = torch.empty(num_heads, num_rows, hidden_size, dtype=x_KTE.dtype, device=x_KTE.device)
-    config = config or replace(choose_config(num_rows, hidden_size, hidden_size), split_k=1)
+    out_KTE = torch.empty(x_KTE.shape, dtype=x_KTE.dtype, device=x_KTE.device)
     return skinny_product(x_KTE, weight_KEE, config, out=out_KTE, epilogue="block", bias=bias_KE, use_pdl=use_pdl)
 
 
-def _config(config: SkinnyConfig | None, x_TE: Tensor, num_outputs: int, counters: Tensor | None) -> SkinnyConfig:
-    config = config or choose_config(x_TE.shape[0], num_outputs, x_TE.shape[1])
-    return config if counters is not None else replace(config, split_k=1)
+def _default_config(x_TE: Tensor, weight_FE: Tensor, counters: Tensor | None = None) -> SkinnyConfig | None:
+    """None: cuBLAS does it."""
+    if not is_skinny(x_TE):
+        return None
+    return choose_config(x_TE.shape[-2], weight_FE.shape[-2], weight_FE.shape[-1], can_split=counters is not None)
 
 
-def _like(x_TE: Tensor, num_outputs: int) -> Tensor:
-    return torch.empty(x_TE.shape[0], num_outputs, dtype=x_TE.dtype, device=x_TE.device)
+def _norm_apart(hidden_TE: Tensor, eps: float, config: SkinnyConfig, use_pdl: bool) -> tuple[Tensor, float | None]:
+    """(input of the product, epsilon if the product takes the norm): the norm is a launch of its own where it does not."""
+    if config.can_take_norm(hidden_TE.shape[1]):
+        return hidden_TE, eps
+    return rms_norm(hidden_TE, None, eps, use_pdl=use_pdl), None

@@ -11,39 +11,27 @@ from torch import Tensor
 
 
 @triton.jit
-def row_scales(x, row_T, in_rows_T, eps, K: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr):
-    """1 / root mean square of rows of K values, float32 [BLOCK_T]."""
-    total_T = tl.zeros([BLOCK_T], dtype=tl.float32)
-    for offset in range(0, K, BLOCK_K):
-        k_K = offset + tl.arange(0, BLOCK_K)
-        mask_TK = in_rows_T[:, None] & (k_K < K)[None, :]
-        x_TK = tl.load(x + row_T.to(tl.int64)[:, None] * K + k_K[None, :], mask=mask_TK, other=0.0).to(tl.float32)
-        total_T += tl.sum(x_TK * x_TK, axis=1)
-    return tl.rsqrt(total_T / K + eps)
-
-
-@triton.jit
-def _rms_norm_kernel(x, weight, out, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, USE_PDL: tl.constexpr):
+def _rms_norm_kernel(x, weight, out, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, USE_PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     k_K = tl.arange(0, BLOCK_K)
     mask_K = k_K < K
     if USE_PDL:
         tl.extra.cuda.gdc_launch_dependents()
+    if HAS_WEIGHT:
+        # does not depend on the kernel before, so it is read while that one still runs
         weight_K = tl.load(weight + k_K, mask=mask_K, other=0.0)
+    if USE_PDL:
         tl.extra.cuda.gdc_wait()
-        x_K = tl.load(x + row * K + k_K, mask=mask_K, other=0.0)
-    else:
-        x_K = tl.load(x + row * K + k_K, mask=mask_K, other=0.0)
-        weight_K = tl.load(weight + k_K, mask=mask_K, other=0.0)
+    x_K = tl.load(x + row * K + k_K, mask=mask_K, other=0.0)
     wide_K = x_K.to(tl.float32)
-    scale = tl.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + eps)
-    rounded_K = (wide_K * scale).to(x_K.dtype)
-    normed_K = rounded_K.to(tl.float32) * weight_K.to(tl.float32)
+    normed_K = wide_K * tl.rsqrt(tl.sum(wide_K * wide_K, axis=0) / K + eps)
+    if HAS_WEIGHT:
+        normed_K = normed_K.to(x_K.dtype).to(tl.float32) * weight_K.to(tl.float32)
     tl.store(out + row * K + k_K, normed_K.to(out.dtype.element_ty), mask=mask_K)
 
 
-def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, *, use_pdl: bool = False) -> Tensor:
-    """x / rms(x) * weight, [T, E] in x's dtype. One launch, one program per row."""
+def rms_norm(x_TE: Tensor, weight_E: Tensor | None, eps: float, *, use_pdl: bool = False) -> Tensor:
+    """x / rms(x), times the weight if there is one, [T, E] in x's dtype. One launch, one program per row."""
     num_rows, num_values = x_TE.shape
     out_TE = torch.empty(num_rows, num_values, dtype=x_TE.dtype, device=x_TE.device)
     options = {"launch_pdl": True} if use_pdl else {}
@@ -54,6 +42,7 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor, eps: float, *, use_pdl: bool = Fals
         eps,
         K=num_values,
         BLOCK_K=triton.next_power_of_2(num_values),
+        HAS_WEIGHT=weight_E is not None,
         USE_PDL=use_pdl,
         num_warps=4 if num_values <= 2048 else 8,
         **options,

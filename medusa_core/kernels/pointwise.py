@@ -13,26 +13,30 @@ _BLOCK = 1024
 
 
 @triton.jit
-def silu_rounded(x):
-    """x * sigmoid(x), computed in float32 and rounded to x's dtype."""
-    wide = x.to(tl.float32)
-    return (wide / (1.0 + tl.exp(-wide))).to(x.dtype)
+def silu(x):
+    """x * sigmoid(x), of float32."""
+    return x / (1.0 + tl.exp(-x))
 
 
 @triton.jit
-def _silu_mul_kernel(gate_up, out, num_outputs, BLOCK: tl.constexpr):
+def _silu_mul_kernel(gate_up, out, num_outputs, BLOCK: tl.constexpr, USE_PDL: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     i_I = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    mask_I = i_I < num_outputs
-    gate_I = tl.load(gate_up + row * 2 * num_outputs + i_I, mask=mask_I, other=0.0)
-    up_I = tl.load(gate_up + row * 2 * num_outputs + num_outputs + i_I, mask=mask_I, other=0.0)
-    product_I = silu_rounded(gate_I).to(tl.float32) * up_I.to(tl.float32)
-    tl.store(out + row * num_outputs + i_I, product_I.to(out.dtype.element_ty), mask=mask_I)
+    # [I, 2]: gate and up alternate
+    pointers_I2 = gate_up + row * 2 * num_outputs + i_I[:, None] * 2 + tl.arange(0, 2)[None, :]
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    gate_I, up_I = tl.split(tl.load(pointers_I2, mask=(i_I < num_outputs)[:, None], other=0.0).to(tl.float32))
+    tl.store(out + row * num_outputs + i_I, (silu(gate_I) * up_I).to(out.dtype.element_ty), mask=i_I < num_outputs)
 
 
-def silu_mul(gate_up_T2I: Tensor) -> Tensor:
-    """silu(gate) * up, [T, I], of rows that hold gate and up side by side; contiguous, any float dtype."""
+def silu_mul(gate_up_T2I: Tensor, *, use_pdl: bool = False) -> Tensor:
+    """silu(gate) * up, [T, I], of rows in which gate and up alternate; contiguous, any float dtype. Rounded once."""
     num_rows, width = gate_up_T2I.shape
     out_TI = torch.empty(num_rows, width // 2, dtype=gate_up_T2I.dtype, device=gate_up_T2I.device)
-    _silu_mul_kernel[(num_rows, triton.cdiv(width // 2, _BLOCK))](gate_up_T2I.contiguous(), out_TI, width // 2, BLOCK=_BLOCK)
+    options = {"launch_pdl": True} if use_pdl else {}
+    _silu_mul_kernel[(num_rows, triton.cdiv(width // 2, _BLOCK))](
+        gate_up_T2I.contiguous(), out_TI, width // 2, BLOCK=_BLOCK, USE_PDL=use_pdl, **options
+    )
     return out_TI

@@ -51,16 +51,18 @@ class FusionSettings:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderWeights:
-    """Weights of one pre-norm decoder layer with a gated SiLU MLP. Biases and the norms over heads are None where it has none."""
+    """Weights of one pre-norm decoder layer with a gated SiLU MLP. Biases and the norms over heads are None where it has none.
 
-    input_norm_E: Tensor
+    qkv_FE, gate_up_2IE: with the weight of the norm ahead of them in them (`linear.fold_norm`); gate and up alternate
+    (`linear.interleave`).
+    """
+
     qkv_FE: Tensor
     qkv_bias_F: Tensor | None
     q_norm_D: Tensor | None
     k_norm_D: Tensor | None
     o_EF: Tensor
     o_bias_E: Tensor | None
-    mlp_norm_E: Tensor
     gate_up_2IE: Tensor
     down_EI: Tensor
     down_bias_E: Tensor | None
@@ -90,7 +92,6 @@ class FusedDecoderLayer(nn.Module):
     k_norm_D: Tensor | None
     o_EF: Tensor
     o_bias_E: Tensor | None
-    mlp_norm_E: Tensor
     gate_up_2IE: Tensor
     down_EI: Tensor
     down_bias_E: Tensor | None
@@ -117,9 +118,7 @@ class FusedDecoderLayer(nn.Module):
         shape, counters, use_pdl = self.shape, self.settings.counters, self.settings.use_pdl
         hidden_TE = hidden_states[0]
         cos_TD, sin_TD = (part[0] for part in position_embeddings)
-        qkv_TF = linear.norm_linear(
-            hidden_TE, self.input_norm_E, shape.input_eps, self.qkv_FE, self.qkv_bias_F, counters=counters, use_pdl=use_pdl
-        )
+        qkv_TF = linear.norm_linear(hidden_TE, shape.input_eps, self.qkv_FE, self.qkv_bias_F, counters=counters, use_pdl=use_pdl)
         key_slots_SGD, value_slots_SGD = medusa_context.layer(shape.layer_idx)
         query_THD = rotate_and_write(
             qkv_TF,
@@ -138,8 +137,10 @@ class FusedDecoderLayer(nn.Module):
         )
         attended_TF = medusa_context.attend_written(shape.layer_idx, query_THD, shape.params).flatten(1)
         hidden_TE = linear.linear_residual(attended_TF, self.o_EF, hidden_TE, self.o_bias_E, counters=counters, use_pdl=use_pdl)
-        gated_TI = linear.gated_linear(hidden_TE, self.mlp_norm_E, shape.mlp_eps, self.gate_up_2IE, use_pdl=use_pdl)
-        hidden_TE = linear.linear_residual(gated_TI, self.down_EI, hidden_TE, self.down_bias_E, counters=counters, use_pdl=use_pdl)
+        gated_TI = linear.gated_linear(hidden_TE, shape.mlp_eps, self.gate_up_2IE, use_pdl=use_pdl)
+        hidden_TE = linear.linear_residual(
+            gated_TI, self.down_EI, hidden_TE, self.down_bias_E, counters=counters, may_overwrite=True, use_pdl=use_pdl
+        )
         return hidden_TE.unsqueeze(0)
 
 

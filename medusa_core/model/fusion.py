@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from medusa_core.attention.segments import AttentionParams
-from medusa_core.kernels.linear import split_counters
+from medusa_core.kernels.linear import fold_norm, interleave, split_counters
+from medusa_core.kernels.support import is_interpreted
 from medusa_core.model.attention_hook import install_attention
 from medusa_core.model.fused_layer import (
     DecoderShape,
@@ -78,17 +79,19 @@ class LayerMatch(Protocol):
 
 
 @torch.inference_mode()
-def fuse_model(model: PreTrainedModel, max_model_len: int, *, use_pdl: bool = False) -> FusionReport:
+def fuse_model(model: PreTrainedModel, max_model_len: int, *, use_pdl: bool | None = None) -> FusionReport:
     """Swap whatever can be fused and is proved equal. Mutates `model`: it runs with a fused layer's context from then on.
 
     Args:
         model: on its device, in eval mode. The paged attention is installed on it.
         max_model_len: longest sequence that will be run, draft nodes beyond it aside.
-        use_pdl: overlap launches; see FusionSettings.
+        use_pdl: overlap launches; see FusionSettings. None: where the device can.
     """
     install_attention(model)
     trunk: Any = getattr(model, model.base_model_prefix)
-    settings = FusionSettings(counters=split_counters(model.device), use_pdl=use_pdl)
+    settings = FusionSettings(
+        counters=split_counters(model.device), use_pdl=can_overlap_launches(model.device) if use_pdl is None else use_pdl
+    )
     has_tables = _table_rotary(trunk, model, max_model_len)
     layers = trunk.layers if isinstance(getattr(trunk, "layers", None), nn.ModuleList) else nn.ModuleList()
     num_layers = len(layers)
@@ -105,11 +108,21 @@ def fuse_model(model: PreTrainedModel, max_model_len: int, *, use_pdl: bool = Fa
     return report
 
 
-def fuse_projection(projection: Projection, *, use_pdl: bool = False) -> bool:
-    """Let a projection of 16-bit weights write float32 from its sums; returns whether it does. Mutates `projection`."""
+def can_overlap_launches(device: torch.device) -> bool:
+    """Whether a kernel may start while the one before it still runs (programmatic dependent launch): sm_90 and later."""
+    return device.type == "cuda" and not is_interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def fuse_projection(projection: Projection, *, use_pdl: bool | None = None) -> bool:
+    """Let a projection of 16-bit weights write float32 from its sums; returns whether it does. Mutates `projection`.
+
+    use_pdl: as for `fuse_model`.
+    """
     linear = projection.linear
     if type(linear) is not nn.Linear or linear.weight.dtype == torch.float32 or not linear.weight.is_contiguous():
         return False
+    if use_pdl is None:
+        use_pdl = can_overlap_launches(linear.weight.device)
     projection.linear = Float32Linear(linear, use_pdl=use_pdl)
     return True
 
@@ -129,15 +142,13 @@ class GatedLayer:
         inputs = (attention.q_proj, attention.k_proj, attention.v_proj)
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         weights = DecoderWeights(
-            input_norm_E=self.layer.input_layernorm.weight,
-            qkv_FE=torch.cat([linear.weight for linear in inputs]),
+            qkv_FE=fold_norm(torch.cat([linear.weight for linear in inputs]), self.layer.input_layernorm.weight),
             qkv_bias_F=None if inputs[0].bias is None else torch.cat([linear.bias for linear in inputs]),
             q_norm_D=None if q_norm is None else q_norm.weight,
             k_norm_D=None if k_norm is None else k_norm.weight,
             o_EF=attention.o_proj.weight,
             o_bias_E=attention.o_proj.bias,
-            mlp_norm_E=self.layer.post_attention_layernorm.weight,
-            gate_up_2IE=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            gate_up_2IE=fold_norm(interleave(mlp.gate_proj.weight, mlp.up_proj.weight), self.layer.post_attention_layernorm.weight),
             down_EI=mlp.down_proj.weight,
             down_bias_E=mlp.down_proj.bias,
         )

@@ -26,9 +26,17 @@ def test_rms_norm_rounds_like_the_module(num_rows, num_values, dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rms_norm_without_a_weight_rounds_once(dtype):
+    x = torch.randn(5, 80, generator=torch.Generator().manual_seed(0)).to(options.device, dtype)
+    wide = x.double()
+    expected = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-5)).to(dtype)
+    torch.testing.assert_close(rms_norm(x, None, 1e-5), expected, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("num_rows", "width"), [(1, 48), (5, 1025)])
-def test_silu_mul_rounds_the_gate_first(num_rows, width, dtype):
+def test_silu_mul_takes_gate_and_up_in_turn(num_rows, width, dtype):
     generator = torch.Generator().manual_seed(0)
     gate_up = torch.randn(num_rows, 2 * width, generator=generator).to(options.device, dtype)
-    gate, up = gate_up.chunk(2, dim=1)
-    torch.testing.assert_close(silu_mul(gate_up), functional.silu(gate) * up)
+    gate, up = gate_up.float().view(num_rows, width, 2).unbind(-1)
+    torch.testing.assert_close(silu_mul(gate_up), (functional.silu(gate) * up).to(dtype))

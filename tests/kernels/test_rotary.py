@@ -51,9 +51,12 @@ def test_queries_are_rotated_and_the_cache_is_written(num_heads, num_kv_heads, h
         q, k = norms[0](q).detach(), norms[1](k).detach()
     q, k = apply_rotary_pos_emb(q[None], k[None], cos[None], sin[None], unsqueeze_dim=2)
     if has_norm:
-        # statistics are summed in another order: a value may round the other way
-        torch.testing.assert_close(query, q[0])
-        torch.testing.assert_close(keys[1][slots], k[0])
+        # Statistics are summed in another order: a few normed values round the other way, by one unit in the last place of
+        # theirs, which the rotation leaves in a sum that may be much smaller than they are.
+        for actual, expected in ((query, q[0]), (keys[1][slots], k[0])):
+            unit = torch.finfo(dtype).eps * float(expected.float().abs().max())
+            torch.testing.assert_close(actual, expected, rtol=0, atol=2 * unit if dtype != torch.float32 else 1e-5)
+            assert dtype == torch.float32 or (actual == expected).float().mean() > 0.9
     else:
         torch.testing.assert_close(query, q[0], rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
         torch.testing.assert_close(keys[1][slots], k[0], rtol=0, atol=1e-6 if dtype == torch.float32 else 0)
