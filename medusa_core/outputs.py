@@ -41,7 +41,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     tokenizer_path: folder that holds the tokenizer and chat template, for the caller's side.
     model_name: the model's own name (hub id or folder name).
-    max_depth: longest path of the tree (0 without heads). tree_size: the configured size or "auto".
+    max_depth: longest path of the tree (0 without heads). tree_size: the configured size or "auto". tree_sizes: those that a step
+        may have, 1 (plain) included.
     """
 
     model_name: str
@@ -58,6 +59,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_depth: int = 0
     tree: str = "none"
     tree_size: str = "1"
+    tree_sizes: tuple[int, ...] = (1,)
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from tqdm import tqdm
@@ -18,11 +19,10 @@ from medusa_core.bench.kernel_table import KernelTable, profile_steps
 from medusa_core.bench.memory_floor import StepBytes, copy_bandwidth, step_bytes
 from medusa_core.bench.offline import drain, make_request
 from medusa_core.bench.prompts import TokenPrompt, random_prompts
-from medusa_core.bench.throughput import available_tree_sizes
 from medusa_core.config import EngineConfig
 from medusa_core.engine.core import EngineCore
 from medusa_core.params import SamplingParams
-from medusa_core.runtime.step_profiler import DraftTimer, StepProfiler
+from medusa_core.runtime.step_profiler import StepProfiler
 
 GREEDY = SamplingParams(temperature=0.0, ignore_eos=True)
 SAMPLED = SamplingParams(temperature=0.7, top_p=0.9, ignore_eos=True)
@@ -84,8 +84,16 @@ class LatencyFigures:
     arrivals_skipped: str | None = None
 
 
-def build_profiler(core: EngineCore, config: EngineConfig, *, draft_timer: DraftTimer | None = None) -> StepProfiler:
+@runtime_checkable
+class TimesDrafts(Protocol):
+    """A runner that can run its drafting alone."""
+
+    def draft_seconds(self, num_lanes: int, num_nodes: int) -> float: ...
+
+
+def build_profiler(core: EngineCore, config: EngineConfig) -> StepProfiler:
     """A profiler of an idle engine that was built from `config`."""
+    draft_timer = core.runner.draft_seconds if isinstance(core.runner, TimesDrafts) else None
     return StepProfiler(
         core.runner,
         num_lanes=core.info.max_num_seqs,
@@ -100,13 +108,11 @@ def build_profiler(core: EngineCore, config: EngineConfig, *, draft_timer: Draft
     )
 
 
-def run_latency(
-    core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, progress: bool, draft_timer: DraftTimer | None = None
-) -> LatencyFigures:
+def run_latency(core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, progress: bool) -> LatencyFigures:
     """Measure everything on an idle engine without a prefix cache. Takes minutes; leaves the engine idle."""
     device = torch.device(core.info.device)
-    sizes = available_tree_sizes(core)
-    profiler = build_profiler(core, config, draft_timer=draft_timer)
+    sizes = core.info.tree_sizes
+    profiler = build_profiler(core, config)
     bandwidth = copy_bandwidth(device)
     num_bytes = step_bytes(
         Path(core.info.tokenizer_path),

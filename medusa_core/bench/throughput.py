@@ -13,7 +13,6 @@ from medusa_core.bench.figures import Mismatch, Ratio, RunFigures, compare_speed
 from medusa_core.bench.offline import run_closed_loop
 from medusa_core.bench.prompts import TokenPrompt
 from medusa_core.bench.records import RunRecord
-from medusa_core.config import NODE_BUCKETS
 from medusa_core.engine.core import EngineCore
 from medusa_core.errors import ConfigError
 from medusa_core.params import SamplingParams
@@ -66,19 +65,6 @@ def tree_size(variant: str) -> TreeSize:
     if match is None or int(match[1]) < 2:
         raise ConfigError(f"--variants must be of plain, speculation, tree-N and transformers, got {variant!r}.")
     return int(match[1])
-
-
-def available_tree_sizes(core: EngineCore) -> list[int]:
-    """Padded sizes that the engine's tree has, 1 among them. Leaves the size at "auto"."""
-    sizes = []
-    for size in NODE_BUCKETS:
-        try:
-            core.set_tree_size(size)
-        except ConfigError:
-            continue
-        sizes.append(size)
-    core.set_tree_size("auto")
-    return sizes
 
 
 def run_throughput(core: EngineCore, prompts: Sequence[TokenPrompt], plan: ThroughputPlan, *, progress: bool) -> list[RunRecord]:

@@ -41,6 +41,7 @@ from medusa_core.cli.options import (
     BenchSeedOption,
     DeviceOption,
     DtypeOption,
+    EnforceEagerOption,
     HeadsOption,
     MaxModelLenOption,
     MaxTokensOption,
@@ -61,7 +62,7 @@ from medusa_core.cli.options import (
     model_config,
     number_list,
 )
-from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.config import CacheConfig, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
 from medusa_core.outputs import EngineInfo
@@ -107,6 +108,7 @@ def throughput(
     max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
     max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
     num_blocks: NumBlocksOption = None,
+    enforce_eager: EnforceEagerOption = False,
     trust_remote_code: TrustRemoteCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -122,7 +124,7 @@ def throughput(
     )
     _check_transformers(names, params)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
-    config = _engine_config(model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree)
+    config = _engine_config(model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
     make_prompts = partial(_token_prompts, questions, shape, num_prompts, seed, trust_remote_code)
     records = []
     if TRANSFORMERS in names:
@@ -164,6 +166,7 @@ def latency(
     max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
     max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
     num_blocks: NumBlocksOption = None,
+    enforce_eager: EnforceEagerOption = False,
     trust_remote_code: TrustRemoteCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
@@ -177,7 +180,7 @@ def latency(
     )
     num_lanes = max(*plan.lanes, _MIN_LATENCY_LANES)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
-    config = _engine_config(model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree)
+    config = _engine_config(model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
     core = build_engine(config, progress=progress)
     figures = run_latency(core, config, plan, progress=progress)
     notes = [
@@ -308,6 +311,7 @@ def _engine_config(
     max_step_rows: int,
     num_blocks: int | None,
     tree: str,
+    enforce_eager: bool,
 ) -> EngineConfig:
     """Without a prefix cache, so that every repetition pays for its prefill."""
     return EngineConfig(
@@ -315,6 +319,7 @@ def _engine_config(
         cache=CacheConfig(enable_prefix_cache=False, num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_num_seqs=num_lanes, max_step_tokens=max_step_tokens, max_step_rows=max_step_rows),
         speculation=SpeculationConfig(tree=tree),
+        execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
     )
 
 

@@ -7,18 +7,32 @@ import dataclasses
 import logging
 import secrets
 import sys
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from medusa_core.cli.compare import first_difference, rescore
+from medusa_core.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    EnforceEagerOption,
+    HeadsOption,
+    MaxModelLenOption,
+    ModelOption,
+    RevisionOption,
+    TemperatureOption,
+    TopPOption,
+    TreeOption,
+    TrustRemoteCodeOption,
+    VerboseOption,
+    model_config,
+    parse_tree_size,
+)
 from medusa_core.cli.run import RunReport, run_prompt
 from medusa_core.config import (
     CacheConfig,
-    DtypeName,
     EngineConfig,
     ExecutionConfig,
-    ModelConfig,
     SchedulerConfig,
     SpeculationConfig,
 )
@@ -30,44 +44,34 @@ from medusa_core.params import SamplingParams
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Nucleus sampling: share of probability kept.")] = 1.0,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Same seed, same text. Random if not given.")] = None,
-    model: Annotated[str | None, typer.Option(help="Hub id, folder or GGUF file; the demo model if not given.")] = None,
-    heads: Annotated[str | None, typer.Option(help="Hub id, folder or file of Medusa heads; 'none' for no heads.")] = None,
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the model on the hub.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
-    tree: Annotated[str, typer.Option(help="Preset, JSON file, or auto.")] = "auto",
+    model: ModelOption = None,
+    heads: HeadsOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    tree: TreeOption = "auto",
     tree_size: Annotated[str, typer.Option(help="Nodes per step, or auto.")] = "auto",
-    max_model_len: Annotated[int | None, typer.Option(help="Longest prompt + output; the model's own limit if not given.")] = None,
+    max_model_len: MaxModelLenOption = None,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode one token per step.")] = False,
-    enforce_eager: Annotated[bool, typer.Option("--enforce-eager", help="Run the plain torch step, not captured kernels.")] = False,
+    enforce_eager: EnforceEagerOption = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="Run with and without speculation and compare the tokens.")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="Run Python code from the model's folder.")
-    ] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Log what loading does.")] = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    verbose: VerboseOption = False,
 ) -> None:
     """Answer one prompt and print speed, acceptance length and steps."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     if compare and no_speculation:
         raise ConfigError("--compare runs with speculation as well, so it cannot be used with --no-speculation.")
     config = EngineConfig(
-        model=ModelConfig(
-            model=model,
-            heads=heads,
-            revision=revision,
-            dtype=_dtype(dtype),
-            device=device,
-            max_model_len=max_model_len,
-            trust_remote_code=trust_remote_code,
-        ),
+        model=model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code),
         cache=CacheConfig(),
         scheduler=SchedulerConfig(max_num_seqs=1),
-        speculation=SpeculationConfig(enabled=not no_speculation, tree=tree, tree_size=_tree_size(tree_size)),
+        speculation=SpeculationConfig(enabled=not no_speculation, tree=tree, tree_size=parse_tree_size(tree_size)),
         execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
     )
     if compare and seed is None:
@@ -112,17 +116,3 @@ def _describe(info: EngineInfo) -> str:
 
 def _write(text: str) -> None:
     print(text, end="", flush=True)
-
-
-def _dtype(name: str) -> DtypeName:
-    # checked by ModelConfig, which names the choices
-    return name  # type: ignore[return-value]
-
-
-def _tree_size(text: str) -> int | Literal["auto"]:
-    if text == "auto":
-        return "auto"
-    try:
-        return int(text)
-    except ValueError:
-        raise ConfigError(f'--tree-size must be "auto" or a number, got {text!r}.') from None

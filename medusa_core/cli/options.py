@@ -64,7 +64,7 @@ def dtype_name(name: str) -> DtypeName:
     return name  # type: ignore[return-value]
 
 
-def tree_size(text: str) -> int | Literal["auto"]:
+def parse_tree_size(text: str) -> int | Literal["auto"]:
     """Raises ConfigError for anything but "auto" or a number."""
     if text == "auto":
         return "auto"

@@ -125,7 +125,7 @@ def assemble_engine(
         num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
     )
     scheduler = Scheduler(scheduler_config, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
-    info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks)
+    info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
     in_flight = scheduler_config.max_steps_in_flight
     return EngineCore(scheduler, runner, info, max_steps_in_flight=int(captured) if in_flight is None else in_flight)
 
@@ -180,7 +180,14 @@ def _allocate_kv_store(layer_shapes: list[LayerShape], num_blocks: int, block_si
 
 
 def _describe(
-    config: EngineConfig, loaded: LoadedModel, topology: TreeTopology, tree_name: str, *, num_heads: int, num_blocks: int
+    config: EngineConfig,
+    loaded: LoadedModel,
+    topology: TreeTopology,
+    tree_name: str,
+    *,
+    num_heads: int,
+    num_blocks: int,
+    node_sizes: tuple[int, ...],
 ) -> EngineInfo:
     return EngineInfo(
         model_name=loaded.name,
@@ -197,4 +204,5 @@ def _describe(
         max_depth=topology.max_depth,
         tree=tree_name,
         tree_size=str(config.speculation.tree_size) if topology.num_nodes > 1 else "1",
+        tree_sizes=node_sizes,
     )

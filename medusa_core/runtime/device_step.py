@@ -101,7 +101,7 @@ class DecodeStep:
         parts, lanes, tree = self._parts, self._parts.lanes, self.tree
         token_T, position_T, slot_T, index_T, lane_T, base_B = pack_trees(
             self.lane_B,
-            self._draft(),
+            self.draft(),
             depth_N=tree.depth_N,
             rank_N=tree.rank_N,
             num_known_P=lanes.num_known_P,
@@ -129,7 +129,8 @@ class DecodeStep:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL)
 
-    def _draft(self) -> Tensor | None:
+    def draft(self) -> Tensor | None:
+        """Each head's best tokens for every lane, int64 [B, K, C]; None for a tree of one node."""
         draft = self._parts.model.draft
         if draft is None or self.tree.num_nodes == 1:
             return None

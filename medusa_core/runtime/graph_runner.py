@@ -137,7 +137,7 @@ class GraphRunner:
         for (size, nodes, is_greedy), step in self._decode.items():
             if is_greedy:
                 self._load_lanes(size, [])
-                seconds[size, nodes] = self._seconds(step)
+                seconds[size, nodes] = self._seconds(self._replay.get(step, step))
         return seconds
 
     @torch.inference_mode()
@@ -147,8 +147,14 @@ class GraphRunner:
         for (rows, is_greedy), step in self._prefill.items():
             if is_greedy:
                 step.load([])
-                seconds[rows] = self._seconds(step)
+                seconds[rows] = self._seconds(self._replay.get(step, step))
         return seconds
+
+    @torch.inference_mode()
+    def draft_seconds(self, num_lanes: int, num_nodes: int) -> float:
+        """Seconds on the device of drafting alone, a part of the decode step: the heads and their best tokens."""
+        step = self._decode[self._sizes[bisect.bisect_left(self._sizes, num_lanes)], num_nodes, True]
+        return self._seconds(_capture(step.draft, None) if self._is_cuda else step.draft)
 
     def _launch_group(self, group: DecodeGroup) -> _LaunchedGroup:
         num_lanes = len(group.lanes)
@@ -190,16 +196,16 @@ class GraphRunner:
         event.record()
         return event
 
-    def _seconds(self, step: DecodeStep | PrefillStep) -> float:
-        self._run(step)
+    def _seconds(self, run: Callable[[], object]) -> float:
+        run()
         if not self._is_cuda:
             start_s = time.perf_counter()
-            self._run(step)
+            run()
             return time.perf_counter() - start_s
         start, end = _event(enable_timing=True), _event(enable_timing=True)
         start.record()
         for _ in range(_NUM_TIMED):
-            self._run(step)
+            run()
         end.record()
         end.synchronize()
         return float(start.elapsed_time(end)) / 1e3 / _NUM_TIMED
@@ -227,7 +233,7 @@ def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
 
 
-def _capture(step: DecodeStep | PrefillStep, pool: Any) -> Callable[[], None]:
+def _capture(step: Callable[[], object], pool: Any) -> Callable[[], None]:
     """Run the step once, which compiles its kernels and lets libraries allocate what they need, then record it."""
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())

@@ -9,7 +9,6 @@ from medusa_core.bench.prompts import random_prompts
 from medusa_core.bench.records import RequestRecord, RunRecord
 from medusa_core.bench.throughput import (
     ThroughputPlan,
-    available_tree_sizes,
     parse_variants,
     run_throughput,
     summarise_throughput,
@@ -90,8 +89,8 @@ def test_sampled_outputs_are_the_same_tokens_in_every_variant(core, prompts):
 
 
 def test_sizes_of_the_tree(core):
-    sizes = available_tree_sizes(core)
-    assert sizes[:2] == [1, 4]
+    sizes = core.info.tree_sizes
+    assert sizes[:2] == (1, 4)
     with pytest.raises(ConfigError):
         run_throughput(
             core, [], ThroughputPlan(variants=("tree-7",), concurrency=(1,), repeats=1, params=GREEDY, seed=0), progress=False
