@@ -9,9 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from medusa_core.kernels.attention_splits import arrive, merge, no_keys, store_partial
-
-LOG2E = tl.constexpr(1.4426950408889634)
+from medusa_core.kernels.attention_splits import LOG2E, arrive, merge, no_keys, store_partial, store_rows
 
 
 # Not specialised: one compilation serves all tree sizes, numbers of splits and caches.
@@ -173,9 +171,9 @@ def tree_kernel(
                 BLOCK_M,
                 MERGE_SPLITS,
             )
-            _store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
+            store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
     else:
-        _store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
+        store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -253,7 +251,7 @@ def chunk_kernel(
     )
     out_row_M = row_M * (NUM_KV_HEADS * NUM_REPEATS) + head_M
     is_row_M = index_M < num_rows * NUM_REPEATS
-    _store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
+    store_rows(acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM, BLOCK_V)
 
 
 @triton.jit
@@ -396,24 +394,3 @@ def _load_rows(row_ptr_M, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """Rows of DIM values, padded with 0 to BLOCK."""
     dim = tl.arange(0, BLOCK)
     return tl.load(row_ptr_M[:, None] + dim[None, :], mask=(dim < DIM)[None, :], other=0.0)
-
-
-@triton.jit
-def _store_rows(
-    acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr
-):
-    """Adds the sink to the denominator, divides, stores."""
-    if sinks_ptr is not None:
-        sink_M = tl.load(sinks_ptr + head_M).to(tl.float32) * LOG2E
-        new_peak_M = tl.maximum(peak_M, sink_M)
-        rescale_M = tl.exp2(peak_M - new_peak_M)
-        total_M = total_M * rescale_M + tl.exp2(sink_M - new_peak_M)
-        acc_MV *= rescale_M[:, None]
-    # padding rows of a merge hold nothing
-    total_M = tl.where(is_row_M, total_M, 1.0)
-    dim_V = tl.arange(0, BLOCK_V)
-    tl.store(
-        out_ptr + out_row_M[:, None] * VALUE_DIM + dim_V[None, :],
-        (acc_MV / total_M[:, None]).to(out_ptr.dtype.element_ty),
-        mask=is_row_M[:, None] & (dim_V < VALUE_DIM)[None, :],
-    )

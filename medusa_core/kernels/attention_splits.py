@@ -1,4 +1,5 @@
-"""How the parts of a split context become one: each leaves its result in a workspace, and the last one to arrive merges them.
+"""What becomes of a tile's result: it is stored; or, as a part of a split context, left in a workspace, where the last part to
+arrive merges them all.
 
 Shapes: M rows of a tile, a query and a head each · V padded value head dim · P splits.
 """
@@ -8,6 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+LOG2E = tl.constexpr(1.4426950408889634)
 # In place of -inf as the maximum of no keys: the difference of two of them is 0 and not NaN.
 NO_KEYS = tl.constexpr(-1.0e30)
 
@@ -18,6 +20,27 @@ def no_keys(BLOCK_M: tl.constexpr, BLOCK_V: tl.constexpr):
     acc_MV = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     peak_M = tl.full([BLOCK_M], NO_KEYS, dtype=tl.float32)
     return acc_MV, peak_M, tl.zeros([BLOCK_M], dtype=tl.float32)
+
+
+@triton.jit
+def store_rows(
+    acc_MV, peak_M, total_M, head_M, sinks_ptr, out_ptr, out_row_M, is_row_M, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr
+):
+    """Adds the sink to the denominator, divides, stores."""
+    if sinks_ptr is not None:
+        sink_M = tl.load(sinks_ptr + head_M).to(tl.float32) * LOG2E
+        new_peak_M = tl.maximum(peak_M, sink_M)
+        rescale_M = tl.exp2(peak_M - new_peak_M)
+        total_M = total_M * rescale_M + tl.exp2(sink_M - new_peak_M)
+        acc_MV *= rescale_M[:, None]
+    # padding rows of a merge hold nothing
+    total_M = tl.where(is_row_M, total_M, 1.0)
+    dim_V = tl.arange(0, BLOCK_V)
+    tl.store(
+        out_ptr + out_row_M[:, None] * VALUE_DIM + dim_V[None, :],
+        (acc_MV / total_M[:, None]).to(out_ptr.dtype.element_ty),
+        mask=is_row_M[:, None] & (dim_V < VALUE_DIM)[None, :],
+    )
 
 
 @triton.jit
