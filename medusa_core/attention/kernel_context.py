@@ -75,6 +75,7 @@ def tree_context(
     depth_N: Tensor,
     ancestor_bits_N: Tensor,
     workspace: SplitWorkspace,
+    use_pdl: bool,
 ) -> KernelContext:
     """B lanes with a tree of N nodes each; T = B * N. For the arguments see kernels.attention.tree_attention."""
     attention = partial(
@@ -87,6 +88,7 @@ def tree_context(
         depth_N=depth_N,
         ancestor_bits_N=ancestor_bits_N,
         workspace=workspace,
+        use_pdl=use_pdl,
     )
     return KernelContext(cache=cache, slots_T=slots_T, attention=attention)
 

@@ -104,6 +104,7 @@ def captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
     # Imported here: without a GPU there may be no triton.
     from medusa_core.attention.kernel_context import BlockTables, tree_workspace
     from medusa_core.kernels.attention import chunk_tile_rows
+    from medusa_core.kernels.support import can_overlap_launches
     from medusa_core.runtime.device_step import StepParts
     from medusa_core.runtime.graph_runner import GraphRunner
     from medusa_core.runtime.kernel_check import check_kernels
@@ -123,6 +124,7 @@ def captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
         tables=tables,
         workspace=workspace,
         tile_rows=tile_rows,
+        use_pdl=can_overlap_launches(loaded.device),
     )
     runner = GraphRunner(
         step_parts,

@@ -64,6 +64,8 @@ class SplitWorkspace:
 _FLOAT32_TILE = AttentionTile(block_rows=16, block_keys=32, num_warps=4, num_stages=2)
 _NUM_MULTIPROCESSORS = 132  # of an H200
 _MAX_SPLITS = 32
+# Rows (lanes x nodes x heads of a KV head) up to which a launch is a matter of latency, and from which of bandwidth.
+_FEW_ROWS, _MANY_ROWS = 256, 2048
 _MERGE_REGISTERS = 64  # of each thread, for the parts of a split context that are merged at once
 
 
@@ -75,20 +77,32 @@ def tree_tile(
     dtype: torch.dtype = torch.bfloat16,
     head_dim: int = 64,
 ) -> AttentionTile:
-    """The tile of a tree launch: few rows while few lanes leave the chip empty, more where re-reading keys would cost bandwidth.
+    """The tile of a tree launch, as measured best on an H200 (docs/performance.md).
+
+    A launch of few rows is a matter of latency: large blocks of keys, asked for ahead of the kernel before. Then small blocks, of
+    which many fit on a multiprocessor; with many lanes, larger ones again, and more rows where trees are large, so that keys are
+    not read again for each tile.
 
     head_dim: the larger of D and Dv.
     """
     if dtype == torch.float32:
         return _FLOAT32_TILE
+    num_rows = num_nodes * (num_heads // num_kv_heads)
     block_rows = _tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads)
-    num_tiles = num_lanes * num_kv_heads * triton.cdiv(num_nodes * (num_heads // num_kv_heads), block_rows)
+    if num_lanes * num_rows <= _FEW_ROWS:
+        block_keys, num_warps = 256, 8
+    elif num_lanes * num_rows <= _MANY_ROWS or block_rows > 16:
+        block_keys, num_warps = 64, 2 if block_rows == 16 else 4
+    else:
+        block_keys, num_warps = 128, 4
+    if head_dim > 64:
+        block_keys, num_warps = min(block_keys, 128 if head_dim <= 128 else 64), 8
     return AttentionTile(
         block_rows=block_rows,
-        block_keys=128 if head_dim <= 128 else 64,
-        num_warps=4 if head_dim <= 64 else 8,
+        block_keys=block_keys,
+        num_warps=num_warps,
         num_stages=2,
-        reads_ahead=num_tiles <= _NUM_MULTIPROCESSORS,
+        reads_ahead=num_lanes * num_rows <= _FEW_ROWS,
     )
 
 
@@ -106,8 +120,7 @@ def tree_splits(
 
 def _tree_block_rows(num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int) -> int:
     num_rows = num_nodes * (num_heads // num_kv_heads)
-    block_rows = 16 if num_lanes * num_rows <= 256 else 64
-    return int(min(block_rows, max(16, triton.next_power_of_2(num_rows))))
+    return 64 if num_lanes * num_rows > _MANY_ROWS and num_rows >= 48 else 16
 
 
 def chunk_tile_rows(num_heads: int, num_kv_heads: int) -> int:

@@ -121,7 +121,7 @@ def _step_to_top_k(top_k, row_max, part_max_ptr, source, NUM_PARTS: tl.constexpr
     parts = tl.arange(0, _padded(NUM_PARTS))
     part_max = tl.load(part_max_ptr + parts, mask=parts < NUM_PARTS, other=float("-inf"))
     value = row_max
-    edge = row_max
+    edge = tl.full([], float("inf"), tl.float32)
     count = tl.sum(tl.zeros([PART], tl.int32))
     mass = row_max * 0.0
     # ties with the k-th belong to the set, in this part or another
@@ -131,7 +131,8 @@ def _step_to_top_k(top_k, row_max, part_max_ptr, source, NUM_PARTS: tl.constexpr
         num_equal = tl.sum((scaled == value).to(tl.int32))
         count += num_equal
         mass += num_equal.to(tl.float32) * tl.exp(value - row_max)
-        edge = value
+        # values only fall; a plain `edge = value` is lost in what triton 3.6 makes of the loop
+        edge = tl.minimum(edge, value)
         part_max = tl.where(parts == part, tl.max(tl.where(scaled < value, scaled, float("-inf"))), part_max)
         value = tl.max(part_max)
     return edge, mass

@@ -31,7 +31,10 @@ from medusa_core.speculation.device_tree import DeviceTree
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepParts:
-    """What all steps of a runner share. tile_rows: query rows of one tile of the chunk attention."""
+    """What all steps of a runner share.
+
+    tile_rows: query rows of one tile of the chunk attention. use_pdl: overlap launches (kernels.support.can_overlap_launches).
+    """
 
     model: DeviceModel
     lanes: LaneState
@@ -39,6 +42,7 @@ class StepParts:
     tables: BlockTables
     workspace: SplitWorkspace
     tile_rows: int
+    use_pdl: bool
 
     def draw(self, logits_TV: Tensor, lane_T: Tensor, index_T: Tensor, *, is_greedy: bool) -> Tensor:
         """The token the model draws at each row, int64 [T]. A draw depends on the row's logits and its index alone, so all nodes of
@@ -121,6 +125,7 @@ class DecodeStep:
             depth_N=tree.depth_N,
             ancestor_bits_N=tree.ancestor_bits_N,
             workspace=parts.workspace,
+            use_pdl=parts.use_pdl,
         )
         hidden_TE = parts.model.forward(token_T, position_T, context)
         drawn_T = parts.draw(parts.model.project(hidden_TE), lane_T, index_T, is_greedy=self._is_greedy)

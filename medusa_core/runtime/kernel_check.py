@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 
 from medusa_core.attention.kernel_context import BlockTables, chunk_context, tree_context
 from medusa_core.kernels.attention import SplitWorkspace
+from medusa_core.kernels.support import can_overlap_launches
 from medusa_core.model.attention_hook import forward_hidden
 from medusa_core.runtime.kv_store import KVStore, LayerShape
 from medusa_core.runtime.self_check import CHECK_BLOCK_SIZE, CHECK_TREE, AttentionReference, compare
@@ -41,6 +42,7 @@ def check_kernels(
         depth_N=tree.depth_N,
         ancestor_bits_N=tree.ancestor_bits_N,
         workspace=workspace,
+        use_pdl=can_overlap_launches(device),
     )
     tree_hidden = forward_hidden(model, reference.token_ids[prefix_len:], prefix_len + tree.depth_N, context)
     compare(model, "a prompt in kernels", prefix_hidden, reference.prefix_TE)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medusa_core.attention.kernel_context import BlockTables, tree_workspace
 from medusa_core.attention.torch_backend import TorchAttention
+from medusa_core.kernels.support import can_overlap_launches
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
@@ -64,6 +65,7 @@ def kernel_runner(model: DeviceModel, store: KVStore, lanes: LaneState, num_head
         tables=BlockTables(table_PX=lanes.block_table_PX, block_size=BLOCK_SIZE, spare_slot=store.spare_slot),
         workspace=tree_workspace([(1, 6), (4, 6), (4, 1)], num_heads, shapes, model.device),
         tile_rows=4,
+        use_pdl=can_overlap_launches(model.device),
     )
     runner = GraphRunner(parts, TREE, node_sizes=(1, 3, 6), max_rows=24, max_chunk_rows=16)
     runner.capture()
