@@ -37,33 +37,47 @@ __all__ = [
 ]
 
 MAX_SKINNY_ROWS = 64
+# A small weight leaves cuBLAS's large tiles on too few processors, so the skinny kernel takes it up to here.
+_MAX_NARROW_ROWS = 256
 # A split's share of the input values, and the widest row a program takes without a loop.
 _WHOLE_ROW = 1024
+_LARGE_SHARE = 1280
 # So many tiles keep every processor busy without splitting the input values, and without taking a row whole.
 _ENOUGH_TILES = 256
 
 
-def is_skinny(x_TE: Tensor) -> bool:
-    """Whether the skinny kernel takes this input."""
-    return x_TE.shape[-2] <= MAX_SKINNY_ROWS and x_TE.dtype in (torch.float16, torch.bfloat16)
+def is_skinny(x_TE: Tensor, weight_FE: Tensor) -> bool:
+    """Whether the skinny kernel takes this product."""
+    num_outputs, num_inputs = weight_FE.shape[-2:]
+    is_small = num_outputs < 16 * _ENOUGH_TILES and num_inputs <= _WHOLE_ROW
+    max_rows = _MAX_NARROW_ROWS if is_small else MAX_SKINNY_ROWS
+    return x_TE.shape[-2] <= max_rows and x_TE.dtype in (torch.float16, torch.bfloat16)
 
 
 def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split: bool = False) -> SkinnyConfig:
     """The cut of a product with a weight [num_outputs, num_inputs], as measured best on an H200.
 
-    It is the same for 1 to 16 rows, and for 17 and more: within each range a row's result does not depend on the number of rows.
+    It is the same for 1 to 16 rows, and for 17 to 64: within each range a row's result does not depend on the number of rows.
     """
     num_tiles = -(-num_outputs // 16)
     is_narrow = num_tiles < _ENOUGH_TILES
     split_k = min(-(-num_inputs // _WHOLE_ROW), 8) if can_split and is_narrow else 1
     share = _power_of_two(-(-num_inputs // split_k))
     block_k = min(128, share)
+    if num_rows > MAX_SKINNY_ROWS:
+        if num_rows <= 128:
+            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=6)
+        return SkinnyConfig(block_t=64, block_f=64, block_k=block_k, num_stages=5)
     if num_rows > 16:
         if num_tiles >= 16 * _ENOUGH_TILES:
             return SkinnyConfig(block_t=64, block_f=128, block_k=block_k, num_warps=8, prefetch=False)
-        if is_narrow:
-            return SkinnyConfig(block_t=64, block_f=16 if split_k == 1 else 32, block_k=block_k, split_k=split_k, num_stages=6)
-        return SkinnyConfig(block_t=64, block_f=64, block_k=block_k)
+        if not is_narrow:
+            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=3, prefetch=False)
+        if split_k == 1:
+            return SkinnyConfig(block_t=64, block_f=16, block_k=block_k, num_stages=8)
+        # fewer, larger parts than for few rows: each part's sums are written and read again
+        split_k = -(-num_inputs // _LARGE_SHARE)
+        return SkinnyConfig(block_t=64, block_f=32, block_k=min(256, share), split_k=split_k)
     if num_tiles >= 16 * _ENOUGH_TILES:
         return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=3, prefetch=False)
     if is_narrow and share <= _WHOLE_ROW:
@@ -195,7 +209,7 @@ def heads_block(
 
 def _default_config(x_TE: Tensor, weight_FE: Tensor, counters: Tensor | None = None) -> SkinnyConfig | None:
     """None: cuBLAS does it."""
-    if not is_skinny(x_TE):
+    if not is_skinny(x_TE, weight_FE):
         return None
     return choose_config(x_TE.shape[-2], weight_FE.shape[-2], weight_FE.shape[-1], can_split=counters is not None)
 

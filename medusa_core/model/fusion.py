@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from medusa_core.attention.segments import AttentionParams
 from medusa_core.kernels.linear import fold_norm, interleave, split_counters
-from medusa_core.kernels.support import is_interpreted
+from medusa_core.kernels.support import can_overlap_launches
 from medusa_core.model.attention_hook import install_attention
 from medusa_core.model.fused_layer import (
     DecoderShape,
@@ -32,14 +32,15 @@ from medusa_core.model.fused_layer import (
     FusedDecoderLayer,
     FusedRMSNorm,
     FusionSettings,
+    IndexedEmbedding,
     TabledRotary,
 )
 from medusa_core.model.projection import Projection
 
 logger = logging.getLogger(__name__)
 
-# Rows that take each path of the products: few, up to the skinny kernel's limit, more.
-_PROOF_ROWS = (3, 17, 65)
+# Rows that take each path of the products: few, up to the skinny kernel's limits, more.
+_PROOF_ROWS = (3, 17, 65, 257)
 # Small beside what layers add to it, or the rounding of the sum would hide the update that is compared.
 _PROOF_SCALE = 0.05
 # Relative norm of the difference of two updates. In 16 bits each of some ten roundings on the way may fall the other way (half a
@@ -103,14 +104,11 @@ def fuse_model(model: PreTrainedModel, max_model_len: int, *, use_pdl: bool | No
             num_fused += 1
     # worthwhile beside fused layers only, and a fused layer shows that the norm's rounding is this family's
     has_norm = num_fused > 0 and _fuse_norm(trunk, model, settings)
+    if type(embedding := model.get_input_embeddings()) is nn.Embedding:  # not a subclass, which may scale
+        model.set_input_embeddings(IndexedEmbedding(nn.Parameter(embedding.weight, requires_grad=False)))
     report = FusionReport(num_layers=num_layers, num_fused_layers=num_fused, has_fused_norm=has_norm, has_tabled_rotary=has_tables)
     logger.info("Fused %s.", report)
     return report
-
-
-def can_overlap_launches(device: torch.device) -> bool:
-    """Whether a kernel may start while the one before it still runs (programmatic dependent launch): sm_90 and later."""
-    return device.type == "cuda" and not is_interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 def fuse_projection(projection: Projection, *, use_pdl: bool | None = None) -> bool:
@@ -299,7 +297,8 @@ def _run_layer(
         torch.zeros(num_rows + 1, match.num_kv_heads, match.head_dim, device=device, dtype=dtype) for _ in range(2)
     )
     context = _ProofContext(slots_T, key_slots_SGD, value_slots_SGD)
-    position_ids = torch.arange(num_rows, device=device).unsqueeze(0)
+    # positions that rotary tables hold for the shortest of contexts
+    position_ids = (torch.arange(num_rows, device=device) % _SPARE_POSITIONS).unsqueeze(0)
     out = layer(
         hidden,
         attention_mask=None,
