@@ -40,7 +40,7 @@ from medusa_core.model.projection import Projection
 logger = logging.getLogger(__name__)
 
 # Rows that take each path of the products: few, up to the skinny kernel's limits, more.
-_PROOF_ROWS = (3, 17, 65, 257)
+_PROOF_ROWS = (3, 17, 65)
 # Small beside what layers add to it, or the rounding of the sum would hide the update that is compared.
 _PROOF_SCALE = 0.05
 # Relative norm of the difference of two updates. In 16 bits each of some ten roundings on the way may fall the other way (half a
