@@ -34,6 +34,8 @@ logger = logging.getLogger(__name__)
 # Chunks of one prefill launch that may draw; a plan with more of them launches again.
 MAX_CHUNKS = 16
 _NUM_TIMED = 5
+# Known tokens of a lane when steps are timed.
+_TYPICAL_CONTEXT = 512
 
 
 @dataclass(slots=True)
@@ -132,12 +134,18 @@ class GraphRunner:
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:
-        """Seconds on the device of a decode step, by (lanes, nodes), on null lanes: with an empty context."""
+        """Seconds on the device of a decode step, by (lanes, nodes).
+
+        On null lanes, which for this know a text of typical length: trees cost more the longer the context, plain steps less so.
+        """
+        lanes = self._lanes
         seconds = {}
+        lanes.num_known_P[lanes.null_lane] = min(_TYPICAL_CONTEXT, lanes.max_model_len)
         for (size, nodes, is_greedy), step in self._decode.items():
             if is_greedy:
                 self._load_lanes(size, [])
                 seconds[size, nodes] = self._seconds(self._replay.get(step, step))
+        lanes.num_known_P[lanes.null_lane] = 1
         return seconds
 
     @torch.inference_mode()

@@ -91,7 +91,7 @@ class MeasuredTreeSize(_SizeLimits):
     """
 
     # A larger tree must win by this much: rows measured at start-up are noisy, and fewer rows leave room for other requests.
-    MIN_GAIN = 1.03
+    MIN_GAIN = 1.05
     CORRECTION_RANGE = (0.0, 2.0)
     # Weight of one lane's result: the average covers about the last 200.
     OBSERVATION_WEIGHT = 0.005

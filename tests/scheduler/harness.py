@@ -66,7 +66,7 @@ class Harness:
             assert self.pending or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
         else:
             self.pending.append(self.runner.submit(plan))
-        allowed = 0 if plan.is_empty else self.config.max_steps_in_flight
+        allowed = 0 if plan.is_empty else self.config.max_steps_in_flight or 0
         while len(self.pending) > allowed:
             self._take(self.scheduler.update(self.pending.popleft()))
         return plan
