@@ -30,7 +30,8 @@ FROM base
 # The id is above those that distributions give to their first user.
 RUN useradd --create-home --uid 10001 medusa && install -d -o medusa /home/medusa/.cache
 COPY --from=build /opt/venv /opt/venv
-ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1
+# Compiled kernels stay in the volume, with the models.
+ENV PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=/home/medusa/.cache/triton
 # As a number, so that an orchestrator can tell that this is not root.
 USER 10001
 WORKDIR /home/medusa

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import subprocess
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -35,25 +36,32 @@ _LARGE_ROW_COUNTS = (128, 256, 512, 1024)
 def is_captured(config: EngineConfig, device: torch.device) -> bool:
     """Whether steps run on kernels. Raises ConfigError where that was asked for and cannot be."""
     mode = config.execution.mode
-    if mode == "captured" and device.type != "cuda":
-        from medusa_core.kernels.support import is_interpreted
+    if mode == "eager" or (mode == "auto" and device.type != "cuda"):
+        return False
+    try:
+        # Imported here: without a GPU there may be no triton.
+        from medusa_core.kernels.support import is_interpreted, run_a_kernel
 
-        if not is_interpreted():
+        if device.type != "cuda" and not is_interpreted():
             raise ConfigError(f'mode is "captured", but {device} is no CUDA device.', hint='Use "auto".')
-    return mode == "captured" or (mode == "auto" and device.type == "cuda")
+        run_a_kernel(device)
+    except (ImportError, RuntimeError, OSError, subprocess.CalledProcessError) as error:
+        raise ConfigError(
+            f"Triton cannot compile kernels for {device}: {error}.",
+            hint="It needs a C compiler such as gcc, and Python's headers. --enforce-eager does without, many times slower.",
+        ) from error
+    return True
 
 
 def fuse(loaded: LoadedModel, heads: MedusaHeads | None) -> None:
     """Swap what can be fused, in place: decoder layers, norm, rotary embedding, output projections."""
-    # Imported here: without a GPU there may be no triton.
     from medusa_core.model.fusion import fuse_model, fuse_projection
 
-    report = fuse_model(loaded.model, loaded.max_model_len)
+    fuse_model(loaded.model, loaded.max_model_len)
     fuse_projection(loaded.project)
     draft_projection = getattr(heads, "draft_projection", None)
     if draft_projection is not None:
         fuse_projection(draft_projection)
-    logger.info("Fused %s.", report)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -101,7 +109,6 @@ def eager_runner(parts: RunnerParts) -> ModelRunner:
 
 def captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
     """Checked and captured. Raises UnsupportedModelError if the kernels do not compute what the model does."""
-    # Imported here: without a GPU there may be no triton.
     from medusa_core.attention.kernel_context import BlockTables, tree_workspace
     from medusa_core.kernels.attention import chunk_tile_rows
     from medusa_core.kernels.support import can_overlap_launches

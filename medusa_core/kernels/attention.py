@@ -10,7 +10,7 @@ key and value head dim · S slots of the cache · X block-table width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import triton
 from torch import Tensor
 
 from medusa_core.kernels.attention_programs import chunk_kernel, tree_kernel
+from medusa_core.kernels.support import shared_memory_bytes
 
 MAX_TREE_NODES = 64  # ancestors are bits of an int64
 
@@ -123,6 +124,14 @@ def _tree_block_rows(num_lanes: int, num_nodes: int, num_heads: int, num_kv_head
     return 64 if num_lanes * num_rows > _MANY_ROWS and num_rows >= 48 else 16
 
 
+def _fit(tile: AttentionTile, num_values: int, query_THD: Tensor) -> AttentionTile:
+    """The tile with as many keys as the shared memory of a program holds. num_values: of a key and its value."""
+    key_bytes = num_values * query_THD.element_size() * tile.num_stages
+    while tile.block_keys > 16 and tile.block_keys * key_bytes > shared_memory_bytes(query_THD.device):
+        tile = replace(tile, block_keys=tile.block_keys // 2)
+    return tile
+
+
 def chunk_tile_rows(num_heads: int, num_kv_heads: int) -> int:
     """Packed rows of a prompt tile: with the query heads of one KV head they fill a block of 64 rows."""
     return max(1, 64 // (num_heads // num_kv_heads))
@@ -190,6 +199,7 @@ def tree_attention(
         out_THDv = query_THD.new_empty(num_rows, num_heads, value_dim)
     if tile is None:
         tile = tree_tile(num_lanes, num_nodes, num_heads, num_kv_heads, query_THD.dtype, max(key_dim, value_dim))
+        tile = _fit(tile, key_dim + value_dim, query_THD)
     constants = _layer_constants(num_heads, num_kv_heads, key_dim, value_dim, block_size, window, softcap)
     is_split = workspace is not None and num_splits > 1
     num_repeats = num_heads // num_kv_heads
@@ -271,6 +281,7 @@ def chunk_attention(
     num_tile_rows = tile_rows * (num_heads // num_kv_heads)
     if tile is None:
         tile = _chunk_tile(num_tile_rows, max(key_dim, value_dim), query_THD.dtype)
+        tile = _fit(tile, key_dim + value_dim, query_THD)
     constants = _layer_constants(num_heads, num_kv_heads, key_dim, value_dim, block_size, window, softcap)
     chunk_kernel[(triton.cdiv(num_tile_rows, tile.block_rows), num_kv_heads, tile_row_Q.shape[0])](
         query_THD,

@@ -13,6 +13,8 @@ with the norm's weight), so the error is smaller; and nothing needs doing to x o
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -20,11 +22,13 @@ from torch.nn import functional
 from medusa_core.kernels.norm import rms_norm
 from medusa_core.kernels.pointwise import silu_mul
 from medusa_core.kernels.skinny import SkinnyConfig, skinny_product, split_counters
+from medusa_core.kernels.support import shared_memory_bytes
 
 __all__ = [
     "MAX_SKINNY_ROWS",
     "SkinnyConfig",
     "choose_config",
+    "fit_config",
     "fold_norm",
     "gated_linear",
     "heads_block",
@@ -211,7 +215,17 @@ def _default_config(x_TE: Tensor, weight_FE: Tensor, counters: Tensor | None = N
     """None: cuBLAS does it."""
     if not is_skinny(x_TE, weight_FE):
         return None
-    return choose_config(x_TE.shape[-2], weight_FE.shape[-2], weight_FE.shape[-1], can_split=counters is not None)
+    config = choose_config(x_TE.shape[-2], weight_FE.shape[-2], weight_FE.shape[-1], can_split=counters is not None)
+    return fit_config(config, shared_memory_bytes(x_TE.device))
+
+
+def fit_config(config: SkinnyConfig, shared_bytes: int) -> SkinnyConfig:
+    """The config with as many stages, then as large tiles, as the shared memory of a program holds (16-bit values)."""
+    while config.shared_bytes > shared_bytes and config.num_stages > 2:
+        config = replace(config, num_stages=config.num_stages - 1)
+    while config.shared_bytes > shared_bytes and config.block_f > 16:
+        config = replace(config, block_f=config.block_f // 2)
+    return config
 
 
 def _norm_apart(hidden_TE: Tensor, eps: float, config: SkinnyConfig, use_pdl: bool) -> tuple[Tensor, float | None]:

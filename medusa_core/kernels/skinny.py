@@ -48,6 +48,11 @@ class SkinnyConfig:
     num_stages: int = 4
     prefetch: bool = True
 
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a program, for 16-bit values."""
+        return (self.block_t + self.block_f) * self.block_k * 2 * self.num_stages
+
     def can_take_norm(self, num_inputs: int) -> bool:
         """Whether the RMS norm in front of the product can be part of it."""
         return self.block_t <= _MAX_NORM_ROWS and self.split_k == 1 and num_inputs <= _MAX_NORM_INPUTS

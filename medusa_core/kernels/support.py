@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import triton
+import triton.language as tl
+
+# What a Hopper chip gives a program; the cuts of products and attention were chosen there.
+_HOPPER_SHARED_BYTES = 227 * 1024
 
 
 def is_interpreted() -> bool:
@@ -14,3 +20,23 @@ def is_interpreted() -> bool:
 def can_overlap_launches(device: torch.device) -> bool:
     """Whether a kernel may start while the one before still runs (programmatic dependent launch: sm_90 and later)."""
     return device.type == "cuda" and not is_interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@cache
+def shared_memory_bytes(device: torch.device) -> int:
+    """Most shared memory that one program of a kernel may use."""
+    if device.type != "cuda":
+        return _HOPPER_SHARED_BYTES
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return int(triton.runtime.driver.active.utils.get_device_properties(index)["max_shared_mem"])
+
+
+@triton.jit
+def _one_kernel(out):
+    tl.store(out, 1)
+
+
+def run_a_kernel(device: torch.device) -> None:
+    """Compile and run the smallest of kernels. Raises what Triton raises where it cannot: no C compiler, a GPU it does not know."""
+    out = torch.zeros(1, dtype=torch.int32, device=device)
+    _one_kernel[(1,)](out)

@@ -10,9 +10,18 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medusa_core.config import CacheConfig, DtypeName, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
+from medusa_core.config import (
+    CacheConfig,
+    DtypeName,
+    EngineConfig,
+    ExecutionConfig,
+    ModelConfig,
+    SchedulerConfig,
+    SpeculationConfig,
+)
 from medusa_core.engine.build import build_engine
 from medusa_core.engine.core import EngineCore
+from medusa_core.engine.runners import is_captured
 from medusa_core.errors import ConfigError, HeadsMismatchError, ModelLoadError
 from medusa_core.model.packed_linear import can_pack
 from medusa_core.outputs import FinishReason
@@ -92,7 +101,7 @@ def test_without_speculation_heads_are_not_even_read(folder):
 
 
 def test_auto_measures_and_serves(folder, heads, caplog):
-    with caplog.at_level(logging.INFO, logger="medusa_core.engine.build"):
+    with caplog.at_level(logging.INFO, logger="medusa_core.engine.runners"):
         core = build(folder, heads, tree_size="auto")
     assert core.info.tree_size == "auto"
     assert "Measured step cost by rows, ms: 1: " in caplog.text
@@ -162,3 +171,23 @@ def run_in_turn(cores: list[EngineCore], requests: list[tuple[list[int], Samplin
                 output.finish_reason = delta.finish_reason
     assert {output.finish_reason for collected in outputs for output in collected.values()} == {FinishReason.LENGTH}
     return outputs
+
+
+def test_captured_steps_need_a_device_that_runs_kernels(monkeypatch):
+    support = pytest.importorskip("medusa_core.kernels.support")
+    config = EngineConfig(execution=ExecutionConfig(mode="captured"))
+    monkeypatch.setattr(support, "is_interpreted", lambda: False)
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        is_captured(config, torch.device("cpu"))
+
+
+def test_a_machine_that_cannot_compile_kernels_is_told_what_is_missing(monkeypatch):
+    support = pytest.importorskip("medusa_core.kernels.support")
+
+    def fail(device: torch.device) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(support, "run_a_kernel", fail)
+    with pytest.raises(ConfigError, match=r"C compiler.*--enforce-eager"):
+        is_captured(EngineConfig(), torch.device("cuda"))
+    assert not is_captured(EngineConfig(execution=ExecutionConfig(mode="eager")), torch.device("cuda"))

@@ -202,3 +202,11 @@ def test_every_default_config_is_one_the_kernel_takes(can_split):
             for block in (config.block_t, config.block_f, config.block_k):
                 assert block >= 16
                 assert block & (block - 1) == 0
+
+
+def test_a_config_is_cut_down_to_the_shared_memory_there_is():
+    large = SkinnyConfig(block_t=64, block_f=128, block_k=128, num_stages=4)
+    assert linear.fit_config(large, large.shared_bytes) == large
+    small = linear.fit_config(large, 99 * 1024)
+    assert small.shared_bytes <= 99 * 1024
+    assert (small.block_t, small.block_k, small.num_stages) == (64, 128, 2)
