@@ -91,7 +91,9 @@ class MeasuredTreeSize(_SizeLimits):
     """
 
     # A larger tree must win by this much: rows measured at start-up are noisy, and fewer rows leave room for other requests.
-    MIN_GAIN = 1.05
+    MIN_GAIN = 1.03
+    # Any tree at all must win by more: it also costs the host some time, which is not measured.
+    MIN_GAIN_OVER_PLAIN = 1.05
     CORRECTION_RANGE = (0.0, 2.0)
     # Weight of one lane's result: the average covers about the last 200.
     OBSERVATION_WEIGHT = 0.005
@@ -122,7 +124,7 @@ class MeasuredTreeSize(_SizeLimits):
         best_size, best_rate = 1, 0.0
         for size in sizes:
             rate = self._tokens_per_second(size, num_lanes, num_plain_lanes, num_prefill_rows)
-            if rate > best_rate * self.MIN_GAIN:
+            if rate > best_rate * (self.MIN_GAIN_OVER_PLAIN if best_size == 1 else self.MIN_GAIN):
                 best_size, best_rate = size, rate
         if best_size == 1:
             self._average_accepted += self.DRIFT_PER_PLAIN_STEP * (self._average_expected - self._average_accepted)
