@@ -35,7 +35,6 @@ class ThroughputPlan:
     repeats: int
     params: SamplingParams
     seed: int
-    price_per_gpu_hour: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

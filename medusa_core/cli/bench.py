@@ -252,8 +252,9 @@ def server(
 @bench_app.command()
 def render(folder: Annotated[Path, typer.Argument(help="Output of an earlier benchmark.")]) -> None:
     """Write report and plots again from results.json, e.g. on another machine than the one that ran the benchmark."""
+    report = read_report(folder)
     prepare_folder(folder, has_plots=True)
-    print(write_report(read_report(folder), folder, has_plots=True))
+    print(write_report(report, folder, has_plots=True))
 
 
 def _start(output: Path, no_plots: bool, verbose: bool) -> bool:

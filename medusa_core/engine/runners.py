@@ -108,7 +108,22 @@ def eager_runner(parts: RunnerParts) -> ModelRunner:
 
 
 def captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
-    """Checked and captured. Raises UnsupportedModelError if the kernels do not compute what the model does."""
+    """Checked and captured.
+
+    Raises UnsupportedModelError if the kernels do not compute what the model does, ConfigError if the device has no room for one.
+    """
+    from medusa_core.kernels.support import KernelError
+
+    try:
+        return _captured_runner(parts, progress=progress)
+    except KernelError as error:
+        raise ConfigError(
+            f"A kernel that this model needs does not run on {parts.loaded.device}: {error}",
+            hint="--enforce-eager does without, many times slower.",
+        ) from error
+
+
+def _captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
     from medusa_core.attention.kernel_context import BlockTables, tree_workspace
     from medusa_core.kernels.attention import chunk_tile_rows
     from medusa_core.kernels.support import can_overlap_launches

@@ -10,6 +10,8 @@ import triton.language as tl
 
 # What a Hopper chip gives a program; the cuts of products and attention were chosen there.
 _HOPPER_SHARED_BYTES = 227 * 1024
+# What Triton raises for a kernel that it cannot compile, or that a GPU has no room for. No RuntimeError.
+KernelError = triton.TritonError
 
 
 def is_interpreted() -> bool:
@@ -37,6 +39,12 @@ def _one_kernel(out):
 
 
 def run_a_kernel(device: torch.device) -> None:
-    """Compile and run the smallest of kernels. Raises what Triton raises where it cannot: no C compiler, a GPU it does not know."""
+    """Compile and run the smallest of kernels.
+
+    Raises RuntimeError, or what Python raises, where that is not possible: no C compiler, a GPU that Triton does not know.
+    """
     out = torch.zeros(1, dtype=torch.int32, device=device)
-    _one_kernel[(1,)](out)
+    try:
+        _one_kernel[(1,)](out)
+    except KernelError as error:
+        raise RuntimeError(str(error)) from error

@@ -85,7 +85,6 @@ class DecoderShape:
 class FusedDecoderLayer(nn.Module):
     """Llama's layer and its relatives: x + attention(norm(x)), then x + mlp(norm(x)), in five launches and the attention's own."""
 
-    input_norm_E: Tensor
     qkv_FE: Tensor
     qkv_bias_F: Tensor | None
     q_norm_D: Tensor | None

@@ -23,7 +23,7 @@ from transformers.activations import ACT2FN
 
 from medusa_core.attention.segments import AttentionParams
 from medusa_core.kernels.linear import fold_norm, interleave, split_counters
-from medusa_core.kernels.support import can_overlap_launches
+from medusa_core.kernels.support import KernelError, can_overlap_launches
 from medusa_core.model.attention_hook import install_attention
 from medusa_core.model.fused_layer import (
     DecoderShape,
@@ -276,7 +276,7 @@ def _fuse_layer(original: nn.Module, rotary: nn.Module, model: PreTrainedModel, 
             actual = _run_layer(fused, rotary, match, model, num_rows)[0]
             if not _is_equal(actual, expected, f"{name} of {num_rows} rows"):
                 return None
-    except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
+    except (KernelError, RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
         # a kernel that does not fit the device, or a forward that wants other arguments
         logger.warning("%s is left as it is: %s.", name, (str(error).splitlines() or [type(error).__name__])[0])
         return None

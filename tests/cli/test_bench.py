@@ -160,3 +160,8 @@ def test_only_results_can_be_rendered(bench, tmp_path, text):
     code, _, err = bench("render", str(tmp_path))
     assert code == 2
     assert "results.json holds no results" in err
+
+
+def test_a_folder_that_is_not_there_is_not_made_to_be_rendered(bench, tmp_path):
+    assert bench("render", str(tmp_path / "none"))[0] == 2
+    assert not (tmp_path / "none").exists()

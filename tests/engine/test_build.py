@@ -191,3 +191,15 @@ def test_a_machine_that_cannot_compile_kernels_is_told_what_is_missing(monkeypat
     with pytest.raises(ConfigError, match=r"C compiler.*--enforce-eager"):
         is_captured(EngineConfig(), torch.device("cuda"))
     assert not is_captured(EngineConfig(execution=ExecutionConfig(mode="eager")), torch.device("cuda"))
+
+
+def test_a_kernel_that_the_device_has_no_room_for_is_a_config_error(monkeypatch):
+    support = pytest.importorskip("medusa_core.kernels.support")
+    from medusa_core.runtime import kernel_check
+
+    def fail(*_: object) -> None:
+        raise support.KernelError("out of resource: shared memory")
+
+    monkeypatch.setattr(kernel_check, "check_kernels", fail)
+    with pytest.raises(ConfigError, match=r"shared memory.*--enforce-eager"):
+        make_engine(tiny_model("llama"), None, mode="captured")

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from medusa_core.attention.segments import AttentionParams
+from medusa_core.kernels.support import KernelError
 from medusa_core.model import fusion
 from medusa_core.model.attention_hook import forward_hidden, install_attention
 from medusa_core.model.fused_layer import Float32Linear, FusedDecoderLayer, FusedRMSNorm, TabledRotary
@@ -245,3 +246,11 @@ def test_the_final_norm_is_proved_too():
     model = fresh("llama")
     fuse_model(model, MAX_MODEL_LEN)
     assert isinstance(model.model.norm, FusedRMSNorm)
+
+
+def test_a_layer_stays_where_the_device_has_no_room_for_its_kernels(monkeypatch):
+    def fail(*_, **__):
+        raise KernelError("out of resource: shared memory")
+
+    monkeypatch.setattr(FusedDecoderLayer, "forward", fail)
+    assert fuse_model(fresh("llama"), MAX_MODEL_LEN).num_fused_layers == 0
