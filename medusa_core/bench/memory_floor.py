@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from medusa_core.model.attention_hook import install_attention, probe_layer_shapes
 from medusa_core.runtime.kv_store import slot_bytes
+from medusa_core.runtime.memory import free_memory_bytes
 
 _NUM_COPIES = 20
 _COPY_BYTES = {"cuda": 2**31, "cpu": 2**28}
@@ -60,7 +61,9 @@ def count_step_bytes(model: PreTrainedModel, dtype: torch.dtype) -> StepBytes:
 
 def copy_bandwidth(device: torch.device) -> float:
     """Bytes per second, read and written together, of a copy within the device that no cache can hold: the median of several."""
-    source = torch.ones(_COPY_BYTES[device.type] // 2, dtype=torch.uint8, device=device)
+    # beside an engine that has taken its share of a small device
+    num_bytes = min(_COPY_BYTES[device.type], free_memory_bytes(device) // 2)
+    source = torch.ones(num_bytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = []
     for _ in range(_NUM_COPIES):

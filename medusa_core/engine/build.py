@@ -48,6 +48,7 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
     """Load everything `config` names and wire it up. Raises ConfigError or ModelError."""
     _check_speculation(config)
     loaded = load_model(config.model, progress=progress)
+    _make_current(loaded.device)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
     if can_pack(loaded.device, loaded.dtype):
         # After the heads, which may have copied rows of lm_head; before the self-check, which then covers the packed layers.
@@ -128,6 +129,12 @@ def assemble_engine(
     info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
     in_flight = scheduler_config.max_steps_in_flight
     return EngineCore(scheduler, runner, info, max_steps_in_flight=int(captured) if in_flight is None else in_flight)
+
+
+def _make_current(device: torch.device) -> None:
+    """Kernels, streams and events go to the current device of their thread: for cuda:1, the engine's thread must have that one."""
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> CalibratedHeads | None:

@@ -16,6 +16,8 @@ _MAX_DEFAULT_CPU_BYTES = 4 * 2**30
 def free_memory_bytes(device: torch.device) -> int:
     """Memory that can still be allocated on the device, the container's limit included."""
     if device.type == "cuda":
+        # What torch keeps for later, such as the memory of weights that were swapped for fused ones, is free too.
+        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(device)[0]
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024

@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from medusa_core.bench import memory_floor
 from medusa_core.bench.arrivals import ArrivalPlan, measure_arrivals, why_no_arrivals
 from medusa_core.bench.kernel_table import NUM_KERNELS, make_table, profile_steps
 from medusa_core.bench.latency import LatencyPlan, measure_first_tokens, measure_steps
@@ -83,6 +84,16 @@ def test_a_model_without_memory_counts_the_same():
 
 def test_bandwidth_is_positive():
     assert copy_bandwidth(torch.device("cpu")) > 1e6
+
+
+def test_the_copy_fits_beside_an_engine_that_left_little_memory(monkeypatch):
+    sizes = []
+    ones = torch.ones
+    monkeypatch.setattr(memory_floor, "free_memory_bytes", lambda device: 4096)
+    monkeypatch.setattr(torch, "ones", lambda size, **options: sizes.append(size) or ones(size, **options))
+    copy_bandwidth(torch.device("cpu"))
+    # source and target take half of it
+    assert sizes == [1024]
 
 
 def test_kernels_are_per_step_longest_first_and_cut():

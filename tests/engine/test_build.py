@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -23,6 +24,7 @@ from medusa_core.engine.build import build_engine
 from medusa_core.engine.core import EngineCore
 from medusa_core.engine.runners import is_captured
 from medusa_core.errors import ConfigError, HeadsMismatchError, ModelLoadError
+from medusa_core.model.loader import load_model
 from medusa_core.model.packed_linear import can_pack
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
@@ -203,3 +205,14 @@ def test_a_kernel_that_the_device_has_no_room_for_is_a_config_error(monkeypatch)
     monkeypatch.setattr(kernel_check, "check_kernels", fail)
     with pytest.raises(ConfigError, match=r"shared memory.*--enforce-eager"):
         make_engine(tiny_model("llama"), None, mode="captured")
+
+
+@pytest.mark.parametrize(("device", "expected"), [("cuda:1", [torch.device("cuda:1")]), ("cuda", []), ("cpu", [])])
+def test_the_thread_of_an_engine_uses_the_device_of_the_engine(folder, monkeypatch, device, expected):
+    chosen: list[torch.device] = []
+    loaded = dataclasses.replace(load_model(ModelConfig(model=str(folder), device="cpu")), device=torch.device(device))
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr("medusa_core.engine.build.load_model", lambda *_, **__: loaded)
+    monkeypatch.setattr("medusa_core.engine.build.assemble_engine", lambda *_, **__: None)
+    build(folder, "none")
+    assert chosen == expected

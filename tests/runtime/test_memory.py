@@ -82,3 +82,12 @@ def test_the_limit_of_a_container_counts(tmp_path: Path, limit, used, free):
     (tmp_path / "memory.current").write_text(used + "\n")
     assert memory._cgroup_free_bytes(tmp_path, 5000) == free
     assert memory._cgroup_free_bytes(tmp_path / "none", 5000) == 5000
+
+
+@pytest.mark.cuda
+def test_memory_that_torch_keeps_for_later_is_free():
+    device = torch.device("cuda:0")
+    before = free_memory_bytes(device)
+    kept = torch.empty(2**28, dtype=torch.uint8, device=device)
+    del kept
+    assert free_memory_bytes(device) >= before
