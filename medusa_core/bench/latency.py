@@ -39,7 +39,8 @@ class LatencyPlan:
     context_len: int = 1024
     num_steps: int = 50
     ttft_lens: tuple[int, ...] = (128, 1024, 4096)
-    arrivals: ArrivalPlan = field(default_factory=ArrivalPlan)
+    # None: not measured
+    arrivals: ArrivalPlan | None = field(default_factory=ArrivalPlan)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,14 +120,14 @@ def run_latency(core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, pr
         getattr(torch, core.info.dtype),
         trust_remote_code=config.model.trust_remote_code,
     )
-    no_arrivals = why_no_arrivals(core, plan.arrivals)
+    no_arrivals = why_no_arrivals(core, plan.arrivals) if plan.arrivals else "not asked for"
     return LatencyFigures(
         bandwidth=bandwidth,
         bytes=num_bytes,
         steps=measure_steps(profiler, sizes, plan, num_bytes, bandwidth, progress=progress),
         kernels=_measure_kernels(profiler, sizes, plan, device),
         first_tokens=measure_first_tokens(core, plan, progress=progress),
-        arrivals=None if no_arrivals else measure_arrivals(core, plan.arrivals, progress=progress),
+        arrivals=measure_arrivals(core, plan.arrivals, progress=progress) if plan.arrivals and not no_arrivals else None,
         arrivals_skipped=no_arrivals,
     )
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import typer
 
+from medusa_core.bench.arrivals import ArrivalPlan
 from medusa_core.bench.http_stream import Address
 from medusa_core.bench.latency import LatencyPlan, run_latency
 from medusa_core.bench.machine import command_line, describe_machine
@@ -71,7 +72,8 @@ from medusa_core.text.processor import TextProcessor
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure this engine, or any OpenAI-compatible server.")
 
-_DEFAULT_OUTPUT = Path("medusa-bench")
+# A folder for each, so that one measurement does not replace another.
+_OUTPUT = Path("medusa-bench")
 _SCHEDULER = SchedulerConfig()
 _DEFAULT_SYNTHETIC_PROMPTS = 64
 # Lanes beside those asked for, for the prompts that arrive while others decode.
@@ -96,7 +98,7 @@ def throughput(
     top_p: TopPOption = 1.0,
     seed: BenchSeedOption = 0,
     price_per_gpu_hour: PriceOption = None,
-    output: OutputOption = _DEFAULT_OUTPUT,
+    output: OutputOption = _OUTPUT / "throughput",
     no_plots: NoPlotsOption = False,
     model: ModelOption = None,
     heads: HeadsOption = None,
@@ -154,7 +156,10 @@ def latency(
     context_len: Annotated[int, typer.Option(min=1, help="Known tokens of each lane.")] = 1024,
     num_steps: Annotated[int, typer.Option(min=3, help="Steps per figure; the median counts.")] = 50,
     prompt_lens: Annotated[str, typer.Option(help="Prompt tokens for the time to the first token, a list.")] = "128,1024,4096",
-    output: OutputOption = _DEFAULT_OUTPUT,
+    no_arrivals: Annotated[
+        bool, typer.Option("--no-arrivals", help="Skip decoding while prompts arrive, which takes a CPU half an hour.")
+    ] = False,
+    output: OutputOption = _OUTPUT / "latency",
     no_plots: NoPlotsOption = False,
     model: ModelOption = None,
     heads: HeadsOption = None,
@@ -177,6 +182,7 @@ def latency(
         context_len=context_len,
         num_steps=num_steps,
         ttft_lens=number_list("--prompt-lens", prompt_lens),
+        arrivals=None if no_arrivals else ArrivalPlan(),
     )
     num_lanes = max(*plan.lanes, _MIN_LATENCY_LANES)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
@@ -206,7 +212,7 @@ def server(
     top_p: TopPOption = 1.0,
     seed: BenchSeedOption = 0,
     price_per_gpu_hour: PriceOption = None,
-    output: OutputOption = _DEFAULT_OUTPUT,
+    output: OutputOption = _OUTPUT / "server",
     no_plots: NoPlotsOption = False,
     api_key: Annotated[str | None, typer.Option(help="Sent as bearer token; never written anywhere.")] = None,
     served_model: Annotated[str | None, typer.Option(help="Name of the model; the server's first if not given.")] = None,

@@ -85,8 +85,9 @@ def assemble_engine(
     num_blocks = choose_num_blocks(
         config.cache,
         free_bytes=free_memory_bytes(loaded.device),
-        # as the projection writes them, and the float32 copy that tokens are drawn from
-        logits_bytes=max_rows * loaded.vocab_size * (loaded.dtype.itemsize + torch.float32.itemsize),
+        # eager: as the projection writes them, and the float32 copy that tokens are drawn from; captured: float32 in the graphs'
+        # memory, and in that of their warm-up
+        logits_bytes=max_rows * loaded.vocab_size * ((4 if captured else loaded.dtype.itemsize) + torch.float32.itemsize),
         slot_bytes=slot_bytes(layer_shapes, loaded.dtype),
         max_blocks_per_lane=max_blocks,
         num_lanes=num_lanes,

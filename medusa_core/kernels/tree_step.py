@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Columns of a result row behind its L tokens: the tokens drawn (accepted + 1), the tokens kept, the finish code.
-RESULT_LENGTH, RESULT_KEPT, RESULT_CODE, NUM_RESULT_COLUMNS = 0, 1, 2, 3
+# Columns of a result row behind its L tokens: how many were drawn (accepted + 1), how many kept, and the finish code.
+NUM_RESULT_COLUMNS = 3
 # as in speculation/verify.py
 _STOP, _LENGTH = tl.constexpr(1), tl.constexpr(2)
 _HIDDEN_BLOCK = 1024

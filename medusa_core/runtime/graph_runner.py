@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medusa_core.errors import ConfigError
+from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
@@ -111,9 +112,11 @@ class GraphRunner:
         # The largest first: later captures then reuse its memory, as no two graphs run at once.
         steps.sort(key=lambda step: -_num_rows(step))
         pool = torch.cuda.graph_pool_handle()
+        # one for all: the allocator keeps the memory of each stream apart
+        warm_up = _stream()
         try:
             for step in tqdm(steps, desc="capturing steps", disable=not progress):
-                self._replay[step] = _capture(step, pool)
+                self._replay[step] = _capture(step, warm_up, pool)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"The device's memory does not hold the steps of {self._lanes.num_lanes} lanes ({len(self._replay)} captured).",
@@ -162,7 +165,7 @@ class GraphRunner:
     def draft_seconds(self, num_lanes: int, num_nodes: int) -> float:
         """Seconds on the device of drafting alone, a part of the decode step: the heads and their best tokens."""
         step = self._decode[self._sizes[bisect.bisect_left(self._sizes, num_lanes)], num_nodes, True]
-        return self._seconds(_capture(step.draft, None) if self._is_cuda else step.draft)
+        return self._seconds(_capture(step.draft, _stream(), None) if self._is_cuda else step.draft)
 
     def _launch_group(self, group: DecodeGroup) -> _LaunchedGroup:
         num_lanes = len(group.lanes)
@@ -184,7 +187,7 @@ class GraphRunner:
 
     def _load_lanes(self, size: int, lanes: list[int]) -> None:
         if self._loaded.get(size) != lanes:
-            self._loaded[size] = lanes
+            self._loaded[size] = list(lanes)
             padding = [self._lanes.null_lane] * (size - len(lanes))
             self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
 
@@ -241,13 +244,16 @@ def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
 
 
-def _capture(step: Callable[[], object], pool: Any) -> Callable[[], None]:
+def _stream() -> torch.cuda.Stream:
+    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
+
+
+def _capture(step: Callable[[], object], warm_up: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
     """Run the step once, which compiles its kernels and lets libraries allocate what they need, then record it."""
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+    warm_up.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(warm_up):
         step()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.current_stream().wait_stream(warm_up)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         step()
@@ -255,7 +261,7 @@ def _capture(step: Callable[[], object], pool: Any) -> Callable[[], None]:
 
 
 def _read(group: _LaunchedGroup) -> list[LaneResult]:
-    tree, num_levels = group.tree, group.result_BR.shape[1] - 3
+    tree, num_levels = group.tree, group.result_BR.shape[1] - NUM_RESULT_COLUMNS
     return [
         lane_result(lane, uid, tree, row[:num_levels], *row[num_levels:])
         for lane, uid, row in zip(group.lanes, group.uids, group.result_BR.tolist(), strict=True)
