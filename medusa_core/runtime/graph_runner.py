@@ -137,18 +137,25 @@ class GraphRunner:
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:
-        """Seconds on the device of a decode step, by (lanes, nodes).
+        """Seconds on the device of a decode step, by (lanes, nodes), behind a context of typical length.
 
-        On null lanes, which for this know a text of typical length: trees cost more the longer the context, plain steps less so.
+        Trees cost more the longer the context, plain steps less so. Runs on lanes that are marked finished, so that nothing moves
+        on, but writes to blocks: call it before anything is cached, and while no request runs. Joins fill the lanes anew.
         """
-        lanes = self._lanes
+        lanes, tables = self._lanes, self._parts.tables
+        most = max(nodes for _, nodes, _ in self._decode)
+        num_blocks = tables.spare_slot // tables.block_size
+        num_known = max(min(_TYPICAL_CONTEXT, lanes.max_model_len - 1, num_blocks * tables.block_size - most), 1)
+        width = min(-(-(num_known + most) // tables.block_size), num_blocks, tables.table_PX.shape[1])
+        block_ids = torch.arange(lanes.num_lanes * width, device=tables.table_PX.device) % num_blocks
+        tables.table_PX[: lanes.num_lanes, :width] = block_ids.view(lanes.num_lanes, width)
+        lanes.num_known_P[: lanes.num_lanes] = num_known
+        lanes.is_finished_P.fill_(1)
         seconds = {}
-        lanes.num_known_P[lanes.null_lane] = min(_TYPICAL_CONTEXT, lanes.max_model_len)
         for (size, nodes, is_greedy), step in self._decode.items():
             if is_greedy:
-                self._load_lanes(size, [])
+                self._load_lanes(size, list(range(size)))
                 seconds[size, nodes] = self._seconds(self._replay.get(step, step))
-        lanes.num_known_P[lanes.null_lane] = 1
         return seconds
 
     @torch.inference_mode()

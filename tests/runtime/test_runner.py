@@ -50,7 +50,7 @@ class ScriptedDraft:
         self.next_tokens: list[int] = []
 
     def __call__(self, hidden_BE: Tensor, num_heads: int, num_candidates: int) -> Tensor:
-        out = torch.full((1, num_heads, num_candidates), 1, dtype=torch.int64)
+        out = torch.full((hidden_BE.shape[0], num_heads, num_candidates), 1, dtype=torch.int64)
         for head, (token, rank) in enumerate(zip(self.next_tokens[:num_heads], (1, 1, 0), strict=False)):
             out[0, head, rank] = token
         return out.to(hidden_BE.device)
@@ -212,3 +212,14 @@ def test_blocks_come_as_they_are_needed_and_lanes_are_used_again(bench, continua
     assert bench.step(leaves=[2]) == []
     assert bench.prefill() == continuation[:1]
     assert bench.decode(6, continuation[1:4]).token_ids == continuation[1:5]
+
+
+def test_timing_steps_leaves_the_runner_as_it_was(continuation):
+    bench = Bench(kind="kernels")
+    assert isinstance(bench.runner, GraphRunner)
+    seconds = bench.runner.measure_decode()
+    assert set(seconds) == {(lanes, nodes) for nodes in (1, 3, 6) for lanes in (1, 2, 4)}
+    assert min(seconds.values()) > 0
+    assert bench.prefill() == continuation[:1]
+    assert bench.decode(6, continuation[1:4]).token_ids == continuation[1:5]
+    assert bench.decode(1, []).token_ids == continuation[5:6]
