@@ -123,7 +123,7 @@ def test_vllm_token_map_with_truncated_lm_heads(loaded, hidden_BE, tmp_path) -> 
     tensors = _blocks("blocks.{head}.layers.{layer}") | _lm_heads("lm_heads.{head}.weight", 6) | {"token_map": token_map}
     heads = load_heads(_save(tmp_path / "heads.safetensors", tensors), loaded)
     draft_ids = heads(hidden_BE, loaded.project).argmax(-1)
-    assert torch.equal(heads.topk(hidden_BE, 1, loaded.project)[..., 0], token_map[draft_ids])
+    assert torch.equal(heads.topk(hidden_BE, heads.num_heads, 1, project=loaded.project)[..., 0], token_map[draft_ids])
 
 
 def test_vllm_original_lm_head_is_the_base_models(loaded, hidden_BE, tmp_path) -> None:
