@@ -11,6 +11,9 @@ from torch import Tensor
 
 from medusa_core.attention.segments import AttentionBackend, AttentionParams, Segment
 
+# (KV heads, key dim, value dim) of a layer
+LayerShape = tuple[int, int, int]
+
 
 class LayerCache(Protocol):
     """Where the keys and values of each layer live."""

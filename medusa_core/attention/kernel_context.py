@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medusa_core.attention.context import LayerCache
+from medusa_core.attention.context import LayerCache, LayerShape
 from medusa_core.attention.segments import AttentionParams
 from medusa_core.kernels.attention import SplitWorkspace, chunk_attention, tree_attention, tree_splits
 from medusa_core.kernels.kv_cache import write_kv
 
-# (KV heads, key dim, value dim) of a layer
-LayerShape = tuple[int, int, int]
 # (query_THD, key_slots_SGD, value_slots_SGD, scaling=, window=, softcap=, sinks_H=) -> [T, H, Dv]
 _Attention = Callable[..., Tensor]
 

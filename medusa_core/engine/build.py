@@ -8,6 +8,7 @@ from functools import partial
 
 import torch
 
+from medusa_core.attention.context import LayerShape
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import EngineConfig, ModelConfig
@@ -25,7 +26,7 @@ from medusa_core.model.probe import probe_heads, probe_token_ids
 from medusa_core.outputs import EngineInfo
 from medusa_core.plan import Runner
 from medusa_core.runtime.buckets import max_bucket_rows
-from medusa_core.runtime.kv_store import KVStore, LayerShape, slot_bytes
+from medusa_core.runtime.kv_store import KVStore, slot_bytes
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
 from medusa_core.runtime.self_check import attention_reference, check_attention

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from medusa_core.attention.context import LayerShape
 from medusa_core.attention.segments import AttentionBackend
 from medusa_core.config import NODE_BUCKETS, EngineConfig
 from medusa_core.errors import ConfigError
@@ -17,7 +18,7 @@ from medusa_core.model.attention_hook import forward_hidden
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.runtime.buckets import decode_buckets
-from medusa_core.runtime.kv_store import KVStore, LayerShape
+from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead, overhead_slots
 from medusa_core.runtime.runner import DeviceModel, ModelRunner

@@ -155,7 +155,7 @@ class GraphRunner:
         for (size, nodes, is_greedy), step in self._decode.items():
             if is_greedy:
                 self._load_lanes(size, list(range(size)))
-                seconds[size, nodes] = self._seconds(self._replay.get(step, step))
+                seconds[size, nodes] = self._seconds(self._launcher(step))
         return seconds
 
     @torch.inference_mode()
@@ -165,7 +165,7 @@ class GraphRunner:
         for (rows, is_greedy), step in self._prefill.items():
             if is_greedy:
                 step.load([])
-                seconds[rows] = self._seconds(self._replay.get(step, step))
+                seconds[rows] = self._seconds(self._launcher(step))
         return seconds
 
     @torch.inference_mode()
@@ -179,7 +179,7 @@ class GraphRunner:
         size = self._sizes[bisect.bisect_left(self._sizes, num_lanes)]
         self._load_lanes(size, group.lanes)
         step = self._decode[size, group.num_nodes, self._lanes.is_all_greedy(group.lanes)]
-        self._run(step)
+        self._launcher(step)()
         return self._collect(group.lanes, step.tree, step.result_BR)
 
     def _launch_chunks(self, chunks: list[PrefillChunk]) -> _LaunchedGroup | None:
@@ -189,7 +189,7 @@ class GraphRunner:
         size = self._chunk_sizes[bisect.bisect_left(self._chunk_sizes, num_rows)]
         step = self._prefill[size, self._lanes.is_all_greedy(drawing)]
         step.load(chunks)
-        self._run(step)
+        self._launcher(step)()
         return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
 
     def _load_lanes(self, size: int, lanes: list[int]) -> None:
@@ -198,8 +198,9 @@ class GraphRunner:
             padding = [self._lanes.null_lane] * (size - len(lanes))
             self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
 
-    def _run(self, step: DecodeStep | PrefillStep) -> None:
-        self._replay.get(step, step)()
+    def _launcher(self, step: DecodeStep | PrefillStep) -> Callable[[], None]:
+        """The step's graph, or the step itself where it was not captured."""
+        return self._replay.get(step, step)
 
     def _collect(self, lanes: Sequence[int], tree: DeviceTree, result_BR: Tensor) -> _LaunchedGroup:
         """Start the copy of the lanes' result rows; the step's own buffer is free for its next launch behind it."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from medusa_core.attention.context import LayerShape
 from medusa_core.attention.kernel_context import BlockTables, chunk_context, tree_context
 from medusa_core.kernels.attention import SplitWorkspace
 from medusa_core.kernels.support import can_overlap_launches
 from medusa_core.model.attention_hook import forward_hidden
-from medusa_core.runtime.kv_store import KVStore, LayerShape
+from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.self_check import CHECK_BLOCK_SIZE, CHECK_TREE, AttentionReference, compare
 from medusa_core.speculation.device_tree import DeviceTree
 

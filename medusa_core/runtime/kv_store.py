@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LayerShape = tuple[int, int, int]
+from medusa_core.attention.context import LayerShape
 
 
 def slot_bytes(layer_shapes: Sequence[LayerShape], dtype: torch.dtype) -> int:

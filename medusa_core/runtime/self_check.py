@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medusa_core.attention.context import PagedContext
+from medusa_core.attention.context import LayerShape, PagedContext
 from medusa_core.attention.segments import AttentionBackend, Segment
 from medusa_core.errors import UnsupportedModelError
 from medusa_core.model.attention_hook import ATTENTION_NAME, forward_hidden
-from medusa_core.runtime.kv_store import KVStore, LayerShape
+from medusa_core.runtime.kv_store import KVStore
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 

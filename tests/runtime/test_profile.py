@@ -24,7 +24,7 @@ def model() -> DeviceModel:
     return DeviceModel(
         forward=partial(forward_hidden, loaded.model),
         project=loaded.project,
-        draft=lambda hidden_BE, num_heads, k: torch.zeros(hidden_BE.shape[0], num_heads, k, dtype=torch.int64),
+        draft=lambda hidden_BE, num_heads, k: hidden_BE.new_zeros(hidden_BE.shape[0], num_heads, k, dtype=torch.int64),
         eos_token_ids=loaded.eos_token_ids,
         device=loaded.device,
     )

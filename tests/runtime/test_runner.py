@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from medusa_core.attention.context import LayerShape
 from medusa_core.attention.kernel_context import BlockTables, tree_workspace
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.kernels.support import can_overlap_launches
@@ -17,7 +18,7 @@ from medusa_core.params import SamplingParams
 from medusa_core.plan import BlockAppend, DecodeGroup, LaneJoin, LaneResult, PrefillChunk, Runner, StepPlan
 from medusa_core.runtime.device_step import StepParts
 from medusa_core.runtime.graph_runner import GraphRunner
-from medusa_core.runtime.kv_store import KVStore, LayerShape
+from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.tree.topology import TreeTopology
