@@ -107,6 +107,11 @@ class Mismatch:
         return len(self.first_differences) / self.num_prompts if self.num_prompts else 0.0
 
 
+def what_is_missing(*parts: tuple[str, int, int]) -> str | None:
+    """From (what, done, of so many): "5 of 8 runs", without the parts that are done. None where all are."""
+    return ", ".join(f"{done} of {total} {name}" for name, done, total in parts if done < total) or None
+
+
 def quantile(values: Sequence[float], share: float) -> float:
     """Linear interpolation between the sorted values at position share * (n - 1). Raises ValueError for no values."""
     if not values:

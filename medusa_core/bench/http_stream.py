@@ -40,6 +40,8 @@ class Address:
             raise ConfigError(f"--url {url!r}: {error}.") from error
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise ConfigError(f"--url must be like http://localhost:8000, got {url!r}.")
+        if parts.username is not None or parts.query or parts.fragment:
+            raise ConfigError("--url must be host, port and path only.", hint="A key is given by --api-key.")
         is_tls = parts.scheme == "https"
         prefix = parts.path.rstrip("/").removesuffix("/v1")
         return cls(parts.hostname, port or (443 if is_tls else 80), prefix, is_tls)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from medusa_core.bench.arrivals import ArrivalEffect, ArrivalPlan, measure_arrivals, why_no_arrivals
-from medusa_core.bench.figures import Spread, spread
+from medusa_core.bench.figures import Spread, spread, what_is_missing
 from medusa_core.bench.kernel_table import KernelTable, profile_steps
 from medusa_core.bench.memory_floor import StepBytes, copy_bandwidth, step_bytes
 from medusa_core.bench.offline import drain, make_request
@@ -109,8 +109,13 @@ def build_profiler(core: EngineCore, config: EngineConfig) -> StepProfiler:
     )
 
 
-def run_latency(core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, progress: bool) -> LatencyFigures:
-    """Measure everything on an idle engine without a prefix cache. Takes minutes; leaves the engine idle."""
+def run_latency(
+    core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, progress: bool
+) -> Iterator[tuple[LatencyFigures, str | None]]:
+    """Measure everything on an idle engine without a prefix cache. Takes minutes; leaves the engine idle.
+
+    After each point: the figures so far, and what is missing of them (None with the last).
+    """
     device = torch.device(core.info.device)
     sizes = core.info.tree_sizes
     profiler = build_profiler(core, config)
@@ -120,16 +125,39 @@ def run_latency(core: EngineCore, config: EngineConfig, plan: LatencyPlan, *, pr
         getattr(torch, core.info.dtype),
         trust_remote_code=config.model.trust_remote_code,
     )
+    num_steps = len(_step_kinds(plan, sizes))
+    shapes = _kernel_shapes(profiler, plan, sizes)
     no_arrivals = why_no_arrivals(core, plan.arrivals) if plan.arrivals else "not asked for"
-    return LatencyFigures(
-        bandwidth=bandwidth,
-        bytes=num_bytes,
-        steps=measure_steps(profiler, sizes, plan, num_bytes, bandwidth, progress=progress),
-        kernels=_measure_kernels(profiler, sizes, plan, device),
-        first_tokens=measure_first_tokens(core, plan, progress=progress),
-        arrivals=measure_arrivals(core, plan.arrivals, progress=progress) if plan.arrivals and not no_arrivals else None,
-        arrivals_skipped=no_arrivals,
-    )
+    figures = LatencyFigures(bandwidth=bandwidth, bytes=num_bytes, steps=[], arrivals_skipped=no_arrivals or "not reached")
+
+    def so_far() -> tuple[LatencyFigures, str | None]:
+        return figures, what_is_missing(
+            ("steps", len(figures.steps), num_steps),
+            ("kernel tables", len(figures.kernels), len(shapes)),
+            ("first tokens", len(figures.first_tokens), len(plan.ttft_lens)),
+            ("arrivals", int(figures.arrivals is not None), int(no_arrivals is None)),
+        )
+
+    for point in measure_steps(profiler, sizes, plan, num_bytes, bandwidth, progress=progress):
+        figures = replace(figures, steps=[*figures.steps, point])
+        yield so_far()
+    for num_lanes, num_nodes in shapes:
+        kernels = _measure_kernels(profiler, num_lanes, num_nodes, plan.context_len, device)
+        figures = replace(figures, kernels=[*figures.kernels, kernels])
+        yield so_far()
+    for first_token in measure_first_tokens(core, plan, progress=progress):
+        figures = replace(figures, first_tokens=[*figures.first_tokens, first_token])
+        yield so_far()
+    if plan.arrivals and no_arrivals is None:
+        arrivals = measure_arrivals(core, plan.arrivals, progress=progress)
+        figures = replace(figures, arrivals=arrivals, arrivals_skipped=None)
+        yield so_far()
+
+
+def _step_kinds(plan: LatencyPlan, sizes: Sequence[int]) -> list[tuple[str, SamplingParams, int, int]]:
+    """Sampling and its name, lanes, nodes: greedy steps of every size, then sampled ones of 1 and of 16 nodes."""
+    kinds = [("greedy", GREEDY, count, size) for count in plan.lanes for size in sizes]
+    return kinds + [(SAMPLED_NAME, SAMPLED, count, size) for count in plan.lanes for size in sizes if size in (1, 16)]
 
 
 def measure_steps(
@@ -140,13 +168,10 @@ def measure_steps(
     bandwidth: float,
     *,
     progress: bool,
-) -> list[StepPoint]:
-    """Greedy steps of every size, then sampled ones of 1 and of 16 nodes."""
-    kinds = [("greedy", GREEDY, count, size) for count in plan.lanes for size in sizes]
-    kinds += [(SAMPLED_NAME, SAMPLED, count, size) for count in plan.lanes for size in sizes if size in (1, 16)]
+) -> Iterator[StepPoint]:
+    """Each kind of step as it is measured."""
     plain_s: dict[int, float] = {}
-    points = []
-    for sampling, params, count, size in tqdm(kinds, desc="steps", disable=not progress):
+    for sampling, params, count, size in tqdm(_step_kinds(plan, sizes), desc="steps", disable=not progress):
         skipped = profiler.why_not(count, size, plan.context_len, plan.num_steps)
         point = StepPoint(num_lanes=count, num_nodes=size, context_len=plan.context_len, sampling=sampling, skipped=skipped)
         if skipped is None:
@@ -154,8 +179,7 @@ def measure_steps(
             plain_s.setdefault(count, seconds)  # sizes start with 1, and greedy comes first
             draft_s = profiler.draft_seconds(count, size) if params.is_greedy else None
             point = _with_figures(point, seconds, plain_s[count], draft_s, num_bytes, bandwidth)
-        points.append(point)
-    return points
+        yield point
 
 
 def _with_figures(
@@ -176,29 +200,30 @@ def _with_figures(
     )
 
 
-def _measure_kernels(profiler: StepProfiler, sizes: Sequence[int], plan: LatencyPlan, device: torch.device) -> list[KernelTable]:
-    """For the fewest and the most lanes: a plain step, and one of 16 nodes where there is such a tree."""
-    tables = []
-    for count, size in itertools.product(dict.fromkeys((plan.lanes[0], plan.lanes[-1])), (1, 16)):
-        if size in sizes and profiler.why_not(count, size, plan.context_len, _KERNEL_STEPS) is None:
-            with profiler.decoding(count, size, plan.context_len, GREEDY, _KERNEL_STEPS) as run:
-                table = profile_steps(partial(run, _KERNEL_STEPS), _KERNEL_STEPS, device, num_lanes=count, num_nodes=size)
-            tables.append(table)
-    return tables
+def _kernel_shapes(profiler: StepProfiler, plan: LatencyPlan, sizes: Sequence[int]) -> list[tuple[int, int]]:
+    """Lanes and nodes whose kernels are shown: fewest and most lanes, plain and with 16 nodes where there is such a tree."""
+    return [
+        (count, size)
+        for count, size in itertools.product(dict.fromkeys((plan.lanes[0], plan.lanes[-1])), (1, 16))
+        if size in sizes and profiler.why_not(count, size, plan.context_len, _KERNEL_STEPS) is None
+    ]
 
 
-def measure_first_tokens(core: EngineCore, plan: LatencyPlan, *, progress: bool) -> list[FirstToken]:
+def _measure_kernels(profiler: StepProfiler, num_lanes: int, num_nodes: int, context_len: int, device: torch.device) -> KernelTable:
+    with profiler.decoding(num_lanes, num_nodes, context_len, GREEDY, _KERNEL_STEPS) as run:
+        return profile_steps(partial(run, _KERNEL_STEPS), _KERNEL_STEPS, device, num_lanes=num_lanes, num_nodes=num_nodes)
+
+
+def measure_first_tokens(core: EngineCore, plan: LatencyPlan, *, progress: bool) -> Iterator[FirstToken]:
     """One request at a time on an idle engine; the first run of each length warms up and is not counted."""
-    results = []
     for length in tqdm(plan.ttft_lens, desc="first tokens", disable=not progress):
         if length + 1 > core.info.max_model_len:
             reason = f"exceeds max_model_len ({core.info.max_model_len})"
-            results.append(FirstToken(num_prompt_tokens=length, ttft_s=None, skipped=reason))
+            yield FirstToken(num_prompt_tokens=length, ttft_s=None, skipped=reason)
             continue
         prompts = random_prompts(_TTFT_REPEATS + 1, length, core.info.vocab_size, seed=length)
         seconds = [_first_token_seconds(core, prompt) for prompt in prompts]
-        results.append(FirstToken(num_prompt_tokens=length, ttft_s=spread(seconds[1:])))
-    return results
+        yield FirstToken(num_prompt_tokens=length, ttft_s=spread(seconds[1:]))
 
 
 def _first_token_seconds(core: EngineCore, prompt: TokenPrompt) -> float:

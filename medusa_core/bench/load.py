@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import random
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -134,6 +135,8 @@ def _collect(
 
 def _run_share(load: Load, rank: int, num_processes: int, num_slots: int, shared: _Shared, sender: Pipe) -> None:
     """Body of a load process."""
+    # Ctrl-C reaches every process of the terminal; the one that started us ends us.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     shared.start.wait(_START_TIMEOUT_S)
     sender.send(asyncio.run(_Share(load, shared).run(rank, num_processes, num_slots)))
     sender.close()

@@ -52,8 +52,10 @@ def read_questions(path: Path, num_questions: int | None = None) -> list[Questio
     """
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--prompts {path}: {error}.") from error
+    except OSError as error:
+        raise ConfigError(f"--prompts {path}: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--prompts {path} is not UTF-8: {error}.") from error
     questions = [_parse_question(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
     if not questions:
         raise ConfigError(f"--prompts {path} holds no questions.")

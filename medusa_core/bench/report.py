@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +37,7 @@ _FIGURES: dict[str, type[Figures]] = {"throughput": ThroughputFigures, "latency"
 @dataclass(frozen=True, kw_only=True)
 class Report:
     """One benchmark. kind: throughput, latency or server. settings: every option, as given or by default. notes: what to keep in
-    mind when reading the figures."""
+    mind when reading the figures. incomplete: how much was done of what was asked for, where the benchmark ended before its end."""
 
     kind: str
     machine: Machine
@@ -44,25 +46,37 @@ class Report:
     figures: Figures
     engine: EngineInfo | None = None
     notes: list[str] = field(default_factory=list)
+    incomplete: str | None = None
 
 
-def prepare_folder(folder: Path, *, has_plots: bool) -> None:
-    """Make the folder, and make sure that plots can be drawn. Raises ConfigError; call it before anything runs."""
-    if has_plots:
-        plots.require_matplotlib()
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and write to it. Raises ConfigError; call it before anything runs."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         raise ConfigError(f"--output {folder}: {error.strerror}.") from error
 
 
 def write_report(report: Report, folder: Path, *, has_plots: bool) -> str:
-    """Write results.json, report.md and, if asked for, PNG files into an existing folder. Returns the text of the report."""
-    (folder / "results.json").write_bytes(msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
-    pictures = _draw(report.figures, folder) if has_plots else []
-    text = render(report, pictures)
-    (folder / "report.md").write_text(text, encoding="utf-8")
+    """Write results.json, report.md and, if asked for, PNG files into an existing folder. Returns the text of the report.
+
+    Whoever ends the program meanwhile leaves the old JSON and Markdown or the new, never half of one. Raises ConfigError where they
+    cannot be written.
+    """
+    try:
+        _replace(folder / "results.json", msgspec.json.format(msgspec.json.encode(report), indent=2) + b"\n")
+        text = render(report, _draw(report.figures, folder) if has_plots else [])
+        _replace(folder / "report.md", text.encode())
+    except OSError as error:
+        raise ConfigError(f"--output {folder}: {error.strerror}.") from error
     return text
+
+
+def _replace(path: Path, data: bytes) -> None:
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_bytes(data)
+    os.replace(beside, path)
 
 
 def read_report(folder: Path) -> Report:
@@ -79,13 +93,18 @@ def read_report(folder: Path) -> Report:
                 "engine": msgspec.convert(data["engine"], EngineInfo | None),
             }
         )
-    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}.") from error
+    except (msgspec.DecodeError, KeyError, TypeError) as error:
         raise ConfigError(f"{path} holds no results of this version of medusa bench ({error}).") from error
 
 
 def render(report: Report, pictures: Sequence[str] = ()) -> str:
     """The report as Markdown. pictures: file names beside it."""
-    sections = [f"# medusa bench {report.kind}", report_tables.conditions(report.machine, report.engine, report.command)]
+    sections = [f"# medusa bench {report.kind}"]
+    if report.incomplete:
+        sections.append(f"**Incomplete: {report.incomplete}.** The rest has not been measured.")
+    sections.append(report_tables.conditions(report.machine, report.engine, report.command))
     sections += _tables(report.figures)
     sections += [f"![{name.removesuffix('.png').replace('_', ' ')}]({name})" for name in pictures]
     if report.notes:

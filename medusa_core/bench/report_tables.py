@@ -91,9 +91,9 @@ def latency(figures: LatencyFigures) -> list[str]:
     skipped = [f"- {p.num_lanes} lanes, {p.num_nodes} nodes, {p.sampling}: {p.skipped}" for p in figures.steps if p.skipped]
     if skipped:
         sections.append("Not measured:\n\n" + "\n".join(skipped))
-    sections.append("## First token")
-    rows = [(f"{t.num_prompt_tokens:,}", *_spread_cells(t.ttft_s), t.skipped or "") for t in figures.first_tokens]
-    sections.append(table(("prompt tokens", "p50, ms", "p95, ms", "p99, ms", ""), rows))
+    if figures.first_tokens:
+        rows = [(f"{t.num_prompt_tokens:,}", *_spread_cells(t.ttft_s), t.skipped or "") for t in figures.first_tokens]
+        sections += ["## First token", table(("prompt tokens", "p50, ms", "p95, ms", "p99, ms", ""), rows)]
     sections.append("## Decoding while prompts arrive")
     sections.append(_arrivals(figures.arrivals) if figures.arrivals else f"Not measured: {figures.arrivals_skipped}.")
     return sections + [part for kernels in figures.kernels for part in _kernels(kernels)]

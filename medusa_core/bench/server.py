@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,10 @@ class ServerPlan:
     price_per_gpu_hour: float | None = None
     server_pids: tuple[int, ...] = ()
 
+    @property
+    def num_runs(self) -> int:
+        return self.repeats * max(len(self.concurrency), 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServedRun:
@@ -68,11 +72,15 @@ class ServedRun:
 
 @dataclass(frozen=True, kw_only=True)
 class OfflineReference:
-    """Tokens per second by load, of one variant of an earlier `medusa bench throughput`, and that run's settings."""
+    """Tokens per second by load, of one variant of an earlier `medusa bench throughput`, and that run's settings.
+
+    incomplete: as in its report.
+    """
 
     variant: str
     tokens_per_s: dict[int, float]
     settings: dict[str, Any] = field(default_factory=dict)
+    incomplete: str | None = None
 
     def differences(self, settings: Mapping[str, Any]) -> list[str]:
         """What was asked for otherwise then, in words: a share of such a figure says little."""
@@ -105,24 +113,29 @@ def read_offline(path: Path) -> OfflineReference:
     try:
         results = msgspec.json.decode(path.read_bytes())
         runs = results["figures"]["runs"]
-        settings = results.get("settings") or {}
+        settings, incomplete = results.get("settings") or {}, results.get("incomplete")
         speeds: dict[str, dict[int, float]] = {}
         for run in runs:
             speeds.setdefault(run["variant"], {})[run["concurrency"]] = run["tokens_per_s"]
-    except (OSError, msgspec.DecodeError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise ConfigError(f"--offline {path}: {error.strerror}.") from error
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"--offline {path} holds no results of medusa bench throughput ({error}).") from error
     for variant in ("speculation", "plain"):
         if variant in speeds:
-            return OfflineReference(variant=variant, tokens_per_s=speeds[variant], settings=settings)
+            return OfflineReference(variant=variant, tokens_per_s=speeds[variant], settings=settings, incomplete=incomplete)
     raise ConfigError(f"--offline {path} has neither speculation nor plain decoding.")
 
 
 def run_server(
     plan: ServerPlan, questions: Sequence[Question], *, offline: OfflineReference | None, progress: bool
-) -> list[ServedRun]:
-    """Every load in turn, repetitions of one load in a row, after a warm-up. Failed requests are counted, not raised."""
+) -> Iterator[list[ServedRun]]:
+    """Every load in turn, repetitions of one load in a row, after a warm-up. After each run: the figures of all loads so far.
+
+    Failed requests are counted, not raised.
+    """
     _warm_up(plan, questions)
-    results = []
+    finished: list[ServedRun] = []
     for concurrency in plan.concurrency or (None,):
         before = _view(plan)
         runs = []
@@ -130,9 +143,10 @@ def run_server(
             name = f"{plan.request_rate:g} requests/s" if concurrency is None else f"{concurrency} at once"
             with tqdm(total=len(questions), desc=name, unit="request", disable=not progress) as bar:
                 runs.append(_run(plan, questions, concurrency, repetition, bar))
-        figures = summarise(runs, price_per_gpu_hour=plan.price_per_gpu_hour)
-        results.append(_compare(figures, compare_views(before, _view(plan), figures.num_frames), offline))
-    return results
+            figures = summarise(runs, price_per_gpu_hour=plan.price_per_gpu_hour)
+            served = _compare(figures, compare_views(before, _view(plan), figures.num_frames), offline)
+            yield [*finished, served]
+        finished.append(served)
 
 
 def _compare(figures: RunFigures, server: ServerFigures, offline: OfflineReference | None) -> ServedRun:

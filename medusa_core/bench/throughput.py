@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -36,6 +36,10 @@ class ThroughputPlan:
     params: SamplingParams
     seed: int
 
+    @property
+    def num_runs(self) -> int:
+        return self.repeats * len(self.concurrency) * len(self.variants)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ThroughputFigures:
@@ -66,14 +70,14 @@ def tree_size(variant: str) -> TreeSize:
     return int(match[1])
 
 
-def run_throughput(core: EngineCore, prompts: Sequence[TokenPrompt], plan: ThroughputPlan, *, progress: bool) -> list[RunRecord]:
-    """All runs, in the order in which they ran. Raises ConfigError for a variant that the engine's tree does not have."""
+def run_throughput(
+    core: EngineCore, prompts: Sequence[TokenPrompt], plan: ThroughputPlan, *, progress: bool
+) -> Iterator[RunRecord]:
+    """Each run as it ends. Raises ConfigError, before the first, for a variant that the engine's tree does not have."""
     for variant in plan.variants:
         _set_variant(core, variant)
-    num_runs = plan.repeats * len(plan.concurrency) * len(plan.variants)
-    runs = []
     _warm_up(core, prompts, plan, progress)
-    with tqdm(total=num_runs * len(prompts), unit="request", disable=not progress) as bar:
+    with tqdm(total=plan.num_runs * len(prompts), unit="request", disable=not progress) as bar:
         for repetition in range(plan.repeats):
             for concurrency in plan.concurrency:
                 # Whoever comes first meets another machine (clocks, temperature) than whoever comes last: take turns.
@@ -81,20 +85,17 @@ def run_throughput(core: EngineCore, prompts: Sequence[TokenPrompt], plan: Throu
                 for variant in (*plan.variants[turn:], *plan.variants[:turn]):
                     bar.set_description(f"{variant}, {concurrency} at once, repetition {repetition + 1}/{plan.repeats}")
                     _set_variant(core, variant)
-                    runs.append(
-                        run_closed_loop(
-                            core,
-                            prompts,
-                            plan.params,
-                            variant=variant,
-                            concurrency=concurrency,
-                            repetition=repetition,
-                            seed=plan.seed,
-                            on_finished=bar.update,
-                        )
+                    yield run_closed_loop(
+                        core,
+                        prompts,
+                        plan.params,
+                        variant=variant,
+                        concurrency=concurrency,
+                        repetition=repetition,
+                        seed=plan.seed,
+                        on_finished=bar.update,
                     )
     core.set_tree_size("auto")
-    return runs
 
 
 def summarise_throughput(runs: Sequence[RunRecord], *, price_per_gpu_hour: float | None) -> ThroughputFigures:

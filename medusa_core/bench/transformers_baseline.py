@@ -29,9 +29,8 @@ def run_transformers(
     num_prompts: int,
     max_tokens: int,
     ignore_eos: bool,
-    repeats: int,
     progress: bool,
-) -> list[RunRecord]:
+) -> RunRecord:
     """Load the model by itself, run some prompts one by one, and free it again.
 
     make_prompts: from the tokenizer's folder and the size of the vocabulary. `num_prompts` of them, evenly spread, are run.
@@ -43,19 +42,13 @@ def run_transformers(
     num_prompts = min(num_prompts, len(prompts))
     indices = [number * len(prompts) // num_prompts for number in range(num_prompts)]
     _generate(loaded, prompts[0], 0, min(max_tokens, _WARM_UP_TOKENS), ignore_eos)
-    runs = []
-    with tqdm(total=repeats * num_prompts, desc=VARIANT, unit="request", disable=not progress) as bar:
-        for repetition in range(repeats):
-            records = []
-            for index in indices:
-                records.append(_generate(loaded, prompts[index], index, max_tokens, ignore_eos))
-                bar.update()
-            runs.append(RunRecord(variant=VARIANT, concurrency=1, repetition=repetition, requests=records))
+    indices_left = tqdm(indices, desc=VARIANT, unit="request", disable=not progress)
+    records = [_generate(loaded, prompts[index], index, max_tokens, ignore_eos) for index in indices_left]
     del loaded
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return runs
+    return RunRecord(variant=VARIANT, concurrency=1, repetition=0, requests=records)
 
 
 class _Stopwatch(BaseStreamer):  # type: ignore[misc]  # transformers is untyped to us

@@ -1,33 +1,36 @@
-"""`medusa bench`: throughput, latency, server, and render. Each writes results.json, report.md and plots, and prints the report."""
+"""`medusa bench`: throughput, latency, server, and render. Each writes results.json, report.md and plots, and prints the report.
+
+A command checks its options, makes its folder, and then does what takes long inside `kept_report`.
+"""
 
 from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import msgspec
 import typer
 
 from medusa_core.bench.arrivals import ArrivalPlan
+from medusa_core.bench.figures import what_is_missing
 from medusa_core.bench.http_stream import Address
 from medusa_core.bench.latency import LatencyPlan, run_latency
-from medusa_core.bench.machine import command_line, describe_machine
+from medusa_core.bench.plots import require_matplotlib
 from medusa_core.bench.prompts import (
     Question,
     Synthetic,
     TokenPrompt,
     check_lengths,
-    parse_synthetic,
     random_prompts,
     random_texts,
-    read_questions,
     render_questions,
 )
-from medusa_core.bench.report import Figures, Report, ServerReport, prepare_folder, read_report, write_report
-from medusa_core.bench.server import ServerPlan, first_served_model, frontend_pids, read_offline, run_server
+from medusa_core.bench.records import RunRecord
+from medusa_core.bench.report import ServerReport, prepare_folder, read_report, write_report
+from medusa_core.bench.server import OfflineReference, ServerPlan, first_served_model, frontend_pids, run_server
 from medusa_core.bench.throughput import (
     TRANSFORMERS,
     TRANSFORMERS_PROMPTS,
@@ -38,6 +41,16 @@ from medusa_core.bench.throughput import (
     summarise_throughput,
 )
 from medusa_core.bench.transformers_baseline import run_transformers
+from medusa_core.cli.bench_checks import (
+    check_heads,
+    check_sampling,
+    check_tree,
+    check_variants,
+    extra_fields,
+    offline_reference,
+    prompt_source,
+)
+from medusa_core.cli.bench_report import KeptReport, kept_report, settings
 from medusa_core.cli.options import (
     BenchSeedOption,
     DeviceOption,
@@ -65,8 +78,8 @@ from medusa_core.cli.options import (
 )
 from medusa_core.config import CacheConfig, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
+from medusa_core.engine.core import EngineCore
 from medusa_core.errors import ConfigError
-from medusa_core.outputs import EngineInfo
 from medusa_core.params import SamplingParams
 from medusa_core.text.processor import TextProcessor
 
@@ -115,8 +128,8 @@ def throughput(
     verbose: VerboseOption = False,
 ) -> None:
     """Tokens per second of the engine itself, in this process, plain and with speculation in turns."""
-    progress = _start(output, no_plots, verbose)
-    questions, shape = _prompt_source(prompts, synthetic, num_prompts)
+    progress = _start(no_plots, verbose)
+    questions, shape = prompt_source(context)
     loads, names = number_list("--concurrency", concurrency), parse_variants(variants)
     params = SamplingParams(
         temperature=temperature,
@@ -124,29 +137,49 @@ def throughput(
         max_tokens=shape.num_output if shape else max_tokens,
         ignore_eos=shape is not None,
     )
-    _check_transformers(names, params)
+    check_sampling(temperature, top_p)
+    check_variants(names, temperature, tree, heads)
+    check_tree(tree, heads)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
     config = _engine_config(model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
     make_prompts = partial(_token_prompts, questions, shape, num_prompts, seed, trust_remote_code)
-    records = []
-    if TRANSFORMERS in names:
-        records += run_transformers(
-            model_options,
+    engine_names = tuple(name for name in names if name != TRANSFORMERS)
+    plan = ThroughputPlan(variants=engine_names, concurrency=loads, repeats=repeats, params=params, seed=seed)
+    num_runs = plan.num_runs + (TRANSFORMERS in names)
+    prepare_folder(output)
+    records: list[RunRecord] = []
+    notes = _throughput_notes(len(questions) or num_prompts or _DEFAULT_SYNTHETIC_PROMPTS, loads, names)
+    with kept_report(context, "throughput", notes) as kept:
+        for record in _throughput_runs(kept, config, plan, make_prompts, TRANSFORMERS in names, progress):
+            records.append(record)
+            figures = summarise_throughput(records, price_per_gpu_hour=price_per_gpu_hour)
+            kept.keep(figures, what_is_missing(("runs", len(records), num_runs)))
+
+
+def _throughput_runs(
+    kept: KeptReport,
+    config: EngineConfig,
+    plan: ThroughputPlan,
+    make_prompts: Callable[[Path, int], list[TokenPrompt]],
+    has_transformers: bool,
+    progress: bool,
+) -> Iterator[RunRecord]:
+    """Each run as it ends. transformers comes first, while no engine takes its memory."""
+    params = plan.params
+    if has_transformers:
+        yield run_transformers(
+            config.model,
             make_prompts,
             num_prompts=TRANSFORMERS_PROMPTS,
             max_tokens=min(TRANSFORMERS_TOKENS, params.max_tokens or TRANSFORMERS_TOKENS),
             ignore_eos=params.ignore_eos,
-            repeats=1,
             progress=progress,
         )
-    engine_names = tuple(name for name in names if name != TRANSFORMERS)
-    core = build_engine(config, progress=progress)
-    token_prompts = make_prompts(Path(core.info.tokenizer_path), core.info.vocab_size)
-    check_lengths(token_prompts, params.max_tokens or 1, core.info.max_model_len)
-    plan = ThroughputPlan(variants=engine_names, concurrency=loads, repeats=repeats, params=params, seed=seed)
-    records += run_throughput(core, token_prompts, plan, progress=progress)
-    figures = summarise_throughput(records, price_per_gpu_hour=price_per_gpu_hour)
-    _finish(context, "throughput", figures, output, core.info, _throughput_notes(len(token_prompts), loads, names))
+    core = _build(config, progress)
+    kept.engine = core.info
+    prompts = make_prompts(Path(core.info.tokenizer_path), core.info.vocab_size)
+    check_lengths(prompts, params.max_tokens or 1, core.info.max_model_len)
+    yield from run_throughput(core, prompts, plan, progress=progress)
 
 
 @bench_app.command()
@@ -176,7 +209,7 @@ def latency(
     verbose: VerboseOption = False,
 ) -> None:
     """What one step costs, beside the time that reading the weights takes; first tokens; decoding while prompts arrive."""
-    progress = _start(output, no_plots, verbose)
+    progress = _start(no_plots, verbose)
     plan = LatencyPlan(
         lanes=number_list("--lanes", lanes),
         context_len=context_len,
@@ -185,15 +218,19 @@ def latency(
         arrivals=None if no_arrivals else ArrivalPlan(),
     )
     num_lanes = max(*plan.lanes, _MIN_LATENCY_LANES)
+    check_tree(tree, heads)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
     config = _engine_config(model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
-    core = build_engine(config, progress=progress)
-    figures = run_latency(core, config, plan, progress=progress)
+    prepare_folder(output)
     notes = [
         "A step's time is the median between results with one step in flight; random tokens, each lane in blocks of its own.",
         "First tokens and arrivals: random prompts, greedy, no prefix cache, speculation as the engine chooses.",
     ]
-    _finish(context, "latency", figures, output, core.info, notes)
+    with kept_report(context, "latency", notes) as kept:
+        core = _build(config, progress)
+        kept.engine = core.info
+        for figures, missing in run_latency(core, config, plan, progress=progress):
+            kept.keep(figures, missing)
 
 
 @bench_app.command()
@@ -223,20 +260,22 @@ def server(
     verbose: VerboseOption = False,
 ) -> None:
     """Load on any OpenAI-compatible server, streaming chat completions from several processes."""
-    progress = _start(output, no_plots, verbose)
+    progress = _start(no_plots, verbose)
     if concurrency is not None and request_rate is not None:
         raise ConfigError("--concurrency is a closed loop and --request-rate an open one.", hint="Leave one of them out.")
-    questions, shape = _prompt_source(prompts, synthetic, num_prompts)
+    questions, shape = prompt_source(context)
     if shape is not None:
         questions = random_texts(num_prompts or _DEFAULT_SYNTHETIC_PROMPTS, shape.num_input, seed)
-    reference = read_offline(offline) if offline else None
+    check_sampling(temperature, top_p)
+    loads = () if request_rate is not None else number_list("--concurrency", concurrency or "1,8,64")
+    reference = offline_reference(offline, loads)
     address = Address.parse(url)
-    extra = {"temperature": temperature, "top_p": top_p, **({"ignore_eos": True} if shape else {}), **_json_object(extra_body)}
+    extra = {"temperature": temperature, "top_p": top_p, **({"ignore_eos": True} if shape else {}), **extra_fields(extra_body)}
     plan = ServerPlan(
         address=address,
         model=served_model or first_served_model(address, api_key=api_key),
         max_tokens=shape.num_output if shape else max_tokens,
-        concurrency=() if request_rate is not None else number_list("--concurrency", concurrency or "1,8,64"),
+        concurrency=loads,
         request_rate=request_rate,
         extra=extra,
         api_key=api_key,
@@ -247,54 +286,29 @@ def server(
         price_per_gpu_hour=price_per_gpu_hour,
         server_pids=frontend_pids(address, server_pid),
     )
-    runs = run_server(plan, questions, offline=reference, progress=progress)
-    figures = ServerReport(url=url, model=plan.model, runs=runs, offline_variant=reference.variant if reference else None)
-    notes = _server_notes(plan, shape)
-    if reference and (differences := reference.differences(_settings(context))):
-        notes.append(f"The offline run is not the same: {'; '.join(differences)}.")
-    _finish(context, "server", figures, output, None, notes)
+    prepare_folder(output)
+    notes = _server_notes(plan, len(questions), shape) + _offline_notes(reference, settings(context))
+    with kept_report(context, "server", notes) as kept:
+        for number, runs in enumerate(run_server(plan, questions, offline=reference, progress=progress), start=1):
+            figures = ServerReport(url=url, model=plan.model, runs=runs, offline_variant=reference.variant if reference else None)
+            kept.keep(figures, what_is_missing(("runs", number, plan.num_runs)))
 
 
 @bench_app.command()
 def render(folder: Annotated[Path, typer.Argument(help="Output of an earlier benchmark.")]) -> None:
     """Write report and plots again from results.json, e.g. on another machine than the one that ran the benchmark."""
     report = read_report(folder)
-    prepare_folder(folder, has_plots=True)
+    require_matplotlib()
+    prepare_folder(folder)
     print(write_report(report, folder, has_plots=True))
 
 
-def _start(output: Path, no_plots: bool, verbose: bool) -> bool:
-    """Set up logging and the output folder. Returns whether to draw progress bars."""
+def _start(no_plots: bool, verbose: bool) -> bool:
+    """Set up logging, and make sure that plots can be drawn. Returns whether to draw progress bars."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    prepare_folder(output, has_plots=not no_plots)
+    if not no_plots:
+        require_matplotlib()
     return sys.stderr.isatty()
-
-
-def _finish(context: typer.Context, kind: str, figures: Figures, output: Path, engine: EngineInfo | None, notes: list[str]) -> None:
-    report = Report(
-        kind=kind,
-        machine=describe_machine(),
-        command=command_line(),
-        settings=_settings(context),
-        figures=figures,
-        engine=engine,
-        notes=notes,
-    )
-    print(write_report(report, output, has_plots=not context.params["no_plots"]))
-
-
-def _settings(context: typer.Context) -> dict[str, Any]:
-    """Every option, given or not, but the key."""
-    params = context.params.items()
-    return {name: str(value) if isinstance(value, Path) else value for name, value in params if name != "api_key"}
-
-
-def _prompt_source(prompts: Path | None, synthetic: str | None, num_prompts: int | None) -> tuple[list[Question], Synthetic | None]:
-    if (prompts is None) == (synthetic is None):
-        raise ConfigError("Give either --prompts with a file of questions, or --synthetic INxOUT.")
-    if prompts is not None:
-        return read_questions(prompts, num_prompts), None
-    return [], parse_synthetic(synthetic or "")
 
 
 def _token_prompts(
@@ -330,20 +344,10 @@ def _engine_config(
     )
 
 
-def _check_transformers(names: tuple[str, ...], params: SamplingParams) -> None:
-    if TRANSFORMERS not in names:
-        return
-    if not params.is_greedy:
-        raise ConfigError("The variant transformers decodes greedily.", hint="Leave it out, or leave --temperature at 0.")
-    if len(names) == 1:
-        raise ConfigError("The variant transformers is a yard-stick for others.", hint="Add plain or speculation to --variants.")
-
-
-def _json_object(text: str) -> dict[str, Any]:
-    try:
-        return msgspec.json.decode(text.encode(), type=dict[str, Any])
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"--extra-body must be a JSON object: {error}.") from error
+def _build(config: EngineConfig, progress: bool) -> EngineCore:
+    core = build_engine(config, progress=progress)
+    check_heads(config.speculation.tree, core.info.num_heads)
+    return core
 
 
 def _throughput_notes(num_prompts: int, loads: tuple[int, ...], names: tuple[str, ...]) -> list[str]:
@@ -351,24 +355,42 @@ def _throughput_notes(num_prompts: int, loads: tuple[int, ...], names: tuple[str
         "In process, without HTTP. Tokens/s includes prefill; the prefix cache is off, so every repetition pays for it.",
         "Variants take turns within each repetition; a warm-up at every load came before and is not counted.",
     ]
-    if num_prompts < max(loads):
-        notes.append(f"There are {num_prompts} prompts, so at most {num_prompts} requests were open at once.")
+    notes += _few_prompts_notes(num_prompts, loads)
     if TRANSFORMERS in names:
         notes.append(
             f"transformers ran at most {TRANSFORMERS_PROMPTS} of the prompts and {TRANSFORMERS_TOKENS} tokens of each, with batch "
-            "1, before the others; its equality is over these tokens."
+            "1, once, before the others; its equality is over these tokens."
         )
     return notes
 
 
-def _server_notes(plan: ServerPlan, shape: Synthetic | None) -> list[str]:
+def _server_notes(plan: ServerPlan, num_prompts: int, shape: Synthetic | None) -> list[str]:
     notes = [
-        f"{plan.num_processes} load processes; streaming chat completions; tokens as `usage` states them. A delivery is a frame "
-        "with text and may hold several tokens. Failed requests are counted as errors and are in no other figure.",
+        f"{plan.num_processes} load processes, but no more than requests at once; streaming chat completions; tokens as `usage` "
+        "states them. A delivery is a frame with text and may hold several tokens. Failed requests are counted as errors and are "
+        "in no other figure.",
         "A server with a prefix cache has seen the prompts before in all but the first run.",
     ]
+    notes += _few_prompts_notes(num_prompts, plan.concurrency)
     if shape is not None:
         notes.append("Synthetic prompts are random words and answers ignore EOS; prompt tokens are about as many as asked for.")
     if not plan.server_pids:
         notes.append("The front end's CPU time is unknown: the server is not on this machine, or belongs to another user.")
+    return notes
+
+
+def _few_prompts_notes(num_prompts: int, loads: tuple[int, ...]) -> list[str]:
+    if num_prompts >= max(loads, default=0):
+        return []
+    return [f"There are {num_prompts} prompts, so at most {num_prompts} requests were open at once."]
+
+
+def _offline_notes(reference: OfflineReference | None, options: dict[str, Any]) -> list[str]:
+    if reference is None:
+        return []
+    notes = []
+    if reference.incomplete:
+        notes.append(f"The offline run is incomplete: {reference.incomplete}.")
+    if differences := reference.differences(options):
+        notes.append(f"The offline run is not the same: {'; '.join(differences)}.")
     return notes

@@ -27,8 +27,10 @@ VerboseOption = Annotated[bool, typer.Option("--verbose", help="Log what loading
 
 PromptsOption = Annotated[Path | None, typer.Option("--prompts", help="JSON lines of Spec-Bench's format; first turns are asked.")]
 SyntheticOption = Annotated[str | None, typer.Option("--synthetic", help="Random prompts instead: INxOUT tokens, e.g. 128x256.")]
-NumPromptsOption = Annotated[int | None, typer.Option("--num-prompts", min=1, help="So many, evenly spread over the file.")]
-MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens per answer.")]
+NumPromptsOption = Annotated[
+    int | None, typer.Option("--num-prompts", min=1, help="So many, evenly spread over the file; of random ones, 64.")
+]
+MaxTokensOption = Annotated[int, typer.Option("--max-tokens", min=1, help="Most tokens per answer; --synthetic sets its own.")]
 BenchSeedOption = Annotated[int, typer.Option("--seed", help="Of random prompts, sampling and arrivals.")]
 RepeatsOption = Annotated[int, typer.Option("--repeats", min=1, help="Repetitions of every run.")]
 PriceOption = Annotated[

@@ -15,6 +15,7 @@ from medusa_core.bench.figures import (
     summarise,
     time_per_output_token_s,
     token_gaps_s,
+    what_is_missing,
 )
 from medusa_core.bench.records import RequestRecord, RunRecord
 
@@ -172,3 +173,9 @@ def test_mismatches_are_counted_by_prompt_with_their_first_position():
 )
 def test_first_difference(left, right, expected):
     assert first_difference(left, right) == expected
+
+
+def test_what_is_missing_names_the_parts_that_are_not_done():
+    assert what_is_missing(("runs", 5, 8)) == "5 of 8 runs"
+    assert what_is_missing(("steps", 3, 3), ("kernels", 0, 2), ("arrivals", 0, 1)) == "0 of 2 kernels, 0 of 1 arrivals"
+    assert what_is_missing(("steps", 3, 3), ("arrivals", 0, 0)) is None

@@ -143,7 +143,9 @@ def test_addresses(url, expected):
     assert Address.parse(url) == expected
 
 
-@pytest.mark.parametrize("url", ["localhost:8000", "ftp://x", "http://", "http://x:port"])
+@pytest.mark.parametrize(
+    "url", ["localhost:8000", "ftp://x", "http://", "http://x:port", "http://me:key@x", "http://x/v1?key=1", "http://x#y"]
+)
 def test_wrong_addresses(url):
     with pytest.raises(ConfigError, match="--url"):
         Address.parse(url)

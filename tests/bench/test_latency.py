@@ -38,9 +38,8 @@ class FakeProfiler:
 
 def test_ratios_and_shares_of_the_floor():
     size = StepBytes(trunk=600, lm_head=300, per_slot=1)
-    points = measure_steps(
-        FakeProfiler(), [1, 4, 16], LatencyPlan(lanes=(2, 3), context_len=50, num_steps=5), size, 1e6, progress=False
-    )
+    plan = LatencyPlan(lanes=(2, 3), context_len=50, num_steps=5)
+    points = list(measure_steps(FakeProfiler(), [1, 4, 16], plan, size, 1e6, progress=False))
     found = {(p.num_lanes, p.num_nodes, p.sampling): p for p in points}
     assert len(found) == len(points) == 2 * (3 + 2)
     tree = found[2, 16, "greedy"]

@@ -95,3 +95,14 @@ def test_prompts_that_do_not_fit_are_refused_by_name():
 def test_seeds_are_each_prompts_own_and_greedy_has_none():
     assert seeded(SamplingParams(temperature=0.5), 10, 3) == 13
     assert seeded(SamplingParams(temperature=0.0), 10, 3) is None
+
+
+def test_a_file_that_cannot_be_read_is_named_once(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    with pytest.raises(ConfigError) as error:
+        read_questions(path)
+    assert str(error.value) == f"--prompts {path}: No such file or directory."
+    path.write_bytes(b"\xff")
+    with pytest.raises(ConfigError, match="is not UTF-8") as error:
+        read_questions(path)
+    assert str(error.value).count(str(path)) == 1

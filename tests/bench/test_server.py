@@ -87,7 +87,7 @@ def make_plan(stub: StubServer, **options: object) -> ServerPlan:
 
 def test_a_closed_loop_sends_every_prompt_once_per_repetition(server):
     plan = make_plan(server.stub, concurrency=(3,), repeats=2)
-    (run,) = run_server(plan, QUESTIONS, offline=None, progress=False)
+    *_, (run,) = run_server(plan, QUESTIONS, offline=None, progress=False)
     figures = run.figures
     assert (figures.num_requests, figures.num_errors, figures.num_output_tokens) == (12, 0, 60)
     assert (figures.concurrency, figures.num_repetitions, figures.num_frames) == (3, 2, 12 * 7)
@@ -101,16 +101,24 @@ def test_a_closed_loop_sends_every_prompt_once_per_repetition(server):
     assert sum(body["max_tokens"] == 16 for body in bodies) == 3  # the warm-up
 
 
+def test_figures_of_all_loads_so_far_come_after_each_run(server):
+    plan = make_plan(server.stub, concurrency=(2, 3), repeats=2)
+    so_far = list(run_server(plan, QUESTIONS, offline=None, progress=False))
+    found = [[(run.figures.concurrency, run.figures.num_repetitions) for run in runs] for runs in so_far]
+    assert found == [[(2, 1)], [(2, 2)], [(2, 2), (3, 1)], [(2, 2), (3, 2)]]
+    assert plan.num_runs == len(so_far)
+
+
 def test_errors_are_counted_and_shown(server):
     server.failing_prompts = {"prompt 4", "prompt 5"}
-    (run,) = run_server(make_plan(server.stub, concurrency=(2,)), QUESTIONS, offline=None, progress=False)
+    *_, (run,) = run_server(make_plan(server.stub, concurrency=(2,)), QUESTIONS, offline=None, progress=False)
     assert run.figures.errors == {"HTTP 503: busy": 2}
     assert (run.figures.num_requests, run.figures.num_output_tokens) == (6, 20)
 
 
 def test_an_open_loop_sends_at_the_times_of_arrival(server):
     plan = make_plan(server.stub, request_rate=100.0)
-    (run,) = run_server(plan, QUESTIONS, offline=None, progress=False)
+    *_, (run,) = run_server(plan, QUESTIONS, offline=None, progress=False)
     assert (run.figures.concurrency, run.figures.request_rate, run.figures.num_requests) == (None, 100.0, 6)
     assert run.figures.seconds >= poisson_arrivals_s(6, 100.0, 0)[-1]
 
@@ -118,7 +126,7 @@ def test_an_open_loop_sends_at_the_times_of_arrival(server):
 def test_a_server_that_answers_nothing_stops_the_benchmark(server):
     server.failing_prompts = {question.text for question in QUESTIONS}
     with pytest.raises(EngineError, match=r"answered no request.*busy"):
-        run_server(make_plan(server.stub, concurrency=(2,)), QUESTIONS, offline=None, progress=False)
+        next(run_server(make_plan(server.stub, concurrency=(2,)), QUESTIONS, offline=None, progress=False))
 
 
 def test_the_share_of_the_offline_figure(server, tmp_path):
@@ -128,7 +136,7 @@ def test_the_share_of_the_offline_figure(server, tmp_path):
         {"variant": "speculation", "concurrency": 2, "tokens_per_s": 1e6},
     ]
     path.write_text(json.dumps({"figures": {"runs": runs}}))
-    run, alone = run_server(make_plan(server.stub, concurrency=(2, 3)), QUESTIONS, offline=read_offline(path), progress=False)
+    *_, (run, alone) = run_server(make_plan(server.stub, concurrency=(2, 3)), QUESTIONS, offline=read_offline(path), progress=False)
     assert run.offline_tokens_per_s == 1e6
     assert run.offline_share == run.figures.tokens_per_s / 1e6
     assert alone.offline_share is None

@@ -35,6 +35,10 @@ def core() -> EngineCore:
     return make_engine(loaded, oracle_heads(loaded, sequences), enable_prefix_cache=False)
 
 
+def make_plan(*variants: str) -> ThroughputPlan:
+    return ThroughputPlan(variants=variants, concurrency=(1,), repeats=1, params=GREEDY, seed=0)
+
+
 @pytest.fixture
 def prompts():
     return PROMPTS
@@ -59,7 +63,7 @@ def test_every_prompt_is_answered_once_with_at_most_so_many_at_once(core, prompt
 
 def test_plain_offers_no_tree_and_speculation_takes_fewer_steps(core, prompts):
     plan = ThroughputPlan(variants=("plain", "tree-4"), concurrency=(1, 4), repeats=2, params=GREEDY, seed=0)
-    runs = run_throughput(core, prompts, plan, progress=False)
+    runs = list(run_throughput(core, prompts, plan, progress=False))
     # each repetition begins with another variant
     assert [(run.variant, run.concurrency, run.repetition) for run in runs] == [
         ("plain", 1, 0), ("tree-4", 1, 0), ("plain", 4, 0), ("tree-4", 4, 0),
@@ -82,7 +86,7 @@ def test_plain_offers_no_tree_and_speculation_takes_fewer_steps(core, prompts):
 def test_sampled_outputs_are_the_same_tokens_in_every_variant(core, prompts):
     params = SamplingParams(temperature=0.9, top_p=0.9, max_tokens=10, ignore_eos=True)
     plan = ThroughputPlan(variants=("plain", "tree-4"), concurrency=(2,), repeats=1, params=params, seed=5)
-    runs = run_throughput(core, prompts, plan, progress=False)
+    runs = list(run_throughput(core, prompts, plan, progress=False))
     (mismatch,) = summarise_throughput(runs, price_per_gpu_hour=None).mismatches
     assert (mismatch.num_prompts, mismatch.first_differences) == (5, [])
     assert len({tuple(record.token_ids) for record in runs[0].requests}) == 5
@@ -92,17 +96,13 @@ def test_sizes_of_the_tree(core):
     sizes = core.info.tree_sizes
     assert sizes[:2] == (1, 4)
     with pytest.raises(ConfigError):
-        run_throughput(
-            core, [], ThroughputPlan(variants=("tree-7",), concurrency=(1,), repeats=1, params=GREEDY, seed=0), progress=False
-        )
+        next(run_throughput(core, [], make_plan("tree-7"), progress=False))
 
 
 def test_speculation_without_heads_is_refused():
     core = make_engine(tiny_model("llama"), None)
     with pytest.raises(ConfigError, match="--heads"):
-        run_throughput(
-            core, [], ThroughputPlan(variants=("speculation",), concurrency=(1,), repeats=1, params=GREEDY, seed=0), progress=False
-        )
+        next(run_throughput(core, [], make_plan("speculation"), progress=False))
 
 
 def test_variants():
