@@ -2,7 +2,6 @@
 
 import importlib
 import os
-import sys
 
 import pytest
 
@@ -12,9 +11,6 @@ from tests import options
 # before any test imports torch
 for _name, _value in ENGINE_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
-# On a CPU, kernels run in Triton's interpreter. Triton reads this when it is imported, which is before options are parsed.
-if not any(argument.startswith("--device") for argument in sys.argv):
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
@@ -23,6 +19,9 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     options.device = config.getoption("--device")
+    if options.device == "cpu":
+        # Kernels run in Triton's interpreter. It reads this when it is imported, which the test modules do later.
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):

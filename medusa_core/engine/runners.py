@@ -94,6 +94,7 @@ class RunnerParts:
             draft=None if heads is None else partial(heads.topk, project=loaded.project),
             eos_token_ids=loaded.eos_token_ids,
             device=loaded.device,
+            best_token=loaded.project.best_token,
         )
 
 

@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from medusa_core.kernels.attention_programs import chunk_kernel, tree_kernel
-from medusa_core.kernels.support import shared_memory_bytes
+from medusa_core.kernels.support import launch_options, shared_memory_bytes
 
 MAX_TREE_NODES = 64  # ancestors are bits of an int64
 
@@ -65,8 +65,11 @@ class SplitWorkspace:
 _FLOAT32_TILE = AttentionTile(block_rows=16, block_keys=32, num_warps=4, num_stages=2)
 _NUM_MULTIPROCESSORS = 132  # of an H200
 _MAX_SPLITS = 32
-# Rows (lanes x nodes x heads of a KV head) up to which a launch is a matter of latency, and from which of bandwidth.
-_FEW_ROWS, _MANY_ROWS = 256, 2048
+# Query rows (lanes x nodes x heads) up to which a launch is a matter of latency, up to which of both, and from which of bandwidth.
+_FEW_ROWS, _SOME_ROWS, _MANY_ROWS = 256, 1024, 4096
+# A launch has a program more per multiprocessor for so many rows, up to four. Fewer leave processors idle; more keep those of the
+# next kernel, which would read its weights meanwhile, from starting.
+_ROWS_PER_PROGRAM = 320
 _MERGE_REGISTERS = 64  # of each thread, for the parts of a split context that are merged at once
 
 
@@ -80,48 +83,43 @@ def tree_tile(
 ) -> AttentionTile:
     """The tile of a tree launch, as measured best on an H200 (docs/performance.md).
 
-    A launch of few rows is a matter of latency: large blocks of keys, asked for ahead of the kernel before. Then small blocks, of
-    which many fit on a multiprocessor; with many lanes, larger ones again, and more rows where trees are large, so that keys are
-    not read again for each tile.
+    A launch of few rows is a matter of latency: large blocks of keys, asked for ahead of the kernel before. Later smaller blocks,
+    of which more fit on a multiprocessor, then loads in a pipeline alone. With many lanes and large trees a tile has more rows, so
+    that keys are not read again for each tile.
 
     head_dim: the larger of D and Dv.
     """
     if dtype == torch.float32:
         return _FLOAT32_TILE
-    num_rows = num_nodes * (num_heads // num_kv_heads)
-    block_rows = _tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads)
-    if num_lanes * num_rows <= _FEW_ROWS:
-        block_keys, num_warps = 256, 8
-    elif num_lanes * num_rows <= _MANY_ROWS or block_rows > 16:
-        block_keys, num_warps = 64, 2 if block_rows == 16 else 4
-    else:
-        block_keys, num_warps = 128, 4
+    num_rows = num_lanes * num_nodes * num_heads
+    block_keys, num_warps = (256, 8) if num_rows <= _FEW_ROWS else (128, 4)
     if head_dim > 64:
         block_keys, num_warps = min(block_keys, 128 if head_dim <= 128 else 64), 8
     return AttentionTile(
-        block_rows=block_rows,
+        block_rows=_tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads),
         block_keys=block_keys,
         num_warps=num_warps,
         num_stages=2,
-        reads_ahead=num_lanes * num_rows <= _FEW_ROWS,
+        reads_ahead=num_rows <= _SOME_ROWS,
     )
 
 
-def tree_splits(
-    num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int, num_programs: int = 3 * _NUM_MULTIPROCESSORS
-) -> int:
-    """Into how many parts to cut each context so that a launch has about `num_programs` programs, which all run at once.
+def tree_splits(num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int) -> int:
+    """Into how many parts to cut each context: as many as give every multiprocessor a few programs, which all run at once.
 
     A context too short for that many blocks of keys uses fewer parts, decided on the device.
     """
+    num_rows = num_lanes * num_nodes * num_heads
     block_rows = _tree_block_rows(num_lanes, num_nodes, num_heads, num_kv_heads)
     num_tiles = triton.cdiv(num_nodes * (num_heads // num_kv_heads), block_rows)
+    num_per_multiprocessor = min(4, triton.cdiv(num_rows, _ROWS_PER_PROGRAM)) if block_rows == 16 else 2
+    num_programs = num_per_multiprocessor * _NUM_MULTIPROCESSORS
     return int(max(1, min(_MAX_SPLITS, num_programs // (num_lanes * num_kv_heads * num_tiles))))
 
 
 def _tree_block_rows(num_lanes: int, num_nodes: int, num_heads: int, num_kv_heads: int) -> int:
-    num_rows = num_nodes * (num_heads // num_kv_heads)
-    return 64 if num_lanes * num_rows > _MANY_ROWS and num_rows >= 48 else 16
+    is_large_tree = num_nodes * (num_heads // num_kv_heads) >= 48
+    return 64 if is_large_tree and num_lanes * num_nodes * num_heads > _MANY_ROWS else 16
 
 
 def _fit(tile: AttentionTile, num_values: int, query_THD: Tensor) -> AttentionTile:
@@ -203,7 +201,6 @@ def tree_attention(
     constants = _layer_constants(num_heads, num_kv_heads, key_dim, value_dim, block_size, window, softcap)
     is_split = workspace is not None and num_splits > 1
     num_repeats = num_heads // num_kv_heads
-    options = {"launch_pdl": True} if use_pdl else {}
     grid = (triton.cdiv(num_nodes * num_repeats, tile.block_rows), num_splits, num_lanes * num_kv_heads)
     tree_kernel[grid](
         query_THD,
@@ -234,7 +231,7 @@ def tree_attention(
         BLOCK_C=tile.block_keys,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **options,
+        **launch_options(use_pdl),
     )
     return out_THDv
 

@@ -10,6 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import follow_on, launch_options
+
 MAX_PATH_LEN = 64
 _WRITE_ELEMENTS = 1024  # per program of write_kv
 _MOVE_ELEMENTS = 4096  # per program of commit_path; all of them are held in registers at once
@@ -48,7 +50,7 @@ def write_kv(key_TGD: Tensor, value_TGDv: Tensor, key_slots_SGD: Tensor, value_s
     )
 
 
-def commit_path(key_YSGD: Tensor, value_YSGDv: Tensor, source_BL: Tensor, target_BL: Tensor) -> None:
+def commit_path(key_YSGD: Tensor, value_YSGDv: Tensor, source_BL: Tensor, target_BL: Tensor, *, use_pdl: bool = False) -> None:
     """Move slots to other slots in every layer, in one launch.
 
     All sources of a lane are read before any of its targets is written, so the two may overlap. Lanes must not share slots, except
@@ -57,6 +59,7 @@ def commit_path(key_YSGD: Tensor, value_YSGDv: Tensor, source_BL: Tensor, target
     Args:
         key_YSGD, value_YSGDv: contiguous; mutated.
         source_BL, target_BL: int64. Entries with a negative slot, or with source == target, are skipped.
+        use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later).
 
     Raises:
         ValueError: a path longer than MAX_PATH_LEN.
@@ -82,7 +85,9 @@ def commit_path(key_YSGD: Tensor, value_YSGDv: Tensor, source_BL: Tensor, target
         VALUE_WIDTH=num_heads * value_dim,
         BLOCK_L=block_path,
         BLOCK_W=block_elements,
+        USE_PDL=use_pdl,
         num_warps=4,
+        **launch_options(use_pdl),
     )
 
 
@@ -137,8 +142,10 @@ def _commit_kernel(
     VALUE_WIDTH: tl.constexpr,
     BLOCK_L: tl.constexpr,
     BLOCK_W: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
     """One program per (lane, layer, elements of keys or values)."""
+    follow_on(USE_PDL)
     lane, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
     idx_L = tl.arange(0, BLOCK_L)
     source_L = tl.load(source_ptr + lane * source_stride + idx_L, mask=idx_L < PATH_LEN, other=-1)

@@ -23,10 +23,12 @@ from medusa_core.kernels.norm import rms_norm
 from medusa_core.kernels.pointwise import silu_mul
 from medusa_core.kernels.skinny import SkinnyConfig, skinny_product, split_counters
 from medusa_core.kernels.support import shared_memory_bytes
+from medusa_core.kernels.topk import argmax_rows, best_of_keys
 
 __all__ = [
     "MAX_SKINNY_ROWS",
     "SkinnyConfig",
+    "best_output",
     "choose_config",
     "fit_config",
     "fold_norm",
@@ -48,6 +50,8 @@ _WHOLE_ROW = 1024
 _LARGE_SHARE = 1280
 # So many tiles keep every processor busy without splitting the input values, and without taking a row whole.
 _ENOUGH_TILES = 256
+# And from so many on, a weight is so large that reading it ahead only crowds the second-level cache.
+_MANY_TILES = 2048
 
 
 def is_skinny(x_TE: Tensor, weight_FE: Tensor) -> bool:
@@ -73,20 +77,22 @@ def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split
             return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=6)
         return SkinnyConfig(block_t=64, block_f=64, block_k=block_k, num_stages=5)
     if num_rows > 16:
-        if num_tiles >= 16 * _ENOUGH_TILES:
-            return SkinnyConfig(block_t=64, block_f=128, block_k=block_k, num_warps=8, prefetch=False)
+        if num_tiles >= _MANY_TILES:
+            return SkinnyConfig(block_t=64, block_f=128, block_k=min(64, share), prefetch=False)
         if not is_narrow:
-            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=3, prefetch=False)
+            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=3)
         if split_k == 1:
-            return SkinnyConfig(block_t=64, block_f=16, block_k=block_k, num_stages=8)
+            return SkinnyConfig(block_t=64, block_f=16, block_k=min(64, share), num_stages=12)
         # fewer, larger parts than for few rows: each part's sums are written and read again
         split_k = -(-num_inputs // _LARGE_SHARE)
-        return SkinnyConfig(block_t=64, block_f=32, block_k=min(256, share), split_k=split_k)
-    if num_tiles >= 16 * _ENOUGH_TILES:
-        return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=3, prefetch=False)
+        return SkinnyConfig(block_t=64, block_f=32, block_k=min(256, share), split_k=split_k, num_stages=3)
+    if num_tiles >= _MANY_TILES:
+        return SkinnyConfig(block_t=16, block_f=128, block_k=min(64, share), prefetch=False)
     if is_narrow and share <= _WHOLE_ROW:
         return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_stages=1)
-    return SkinnyConfig(block_t=16, block_f=16 if is_narrow else 32, block_k=block_k, split_k=split_k, num_stages=5)
+    if is_narrow:
+        return SkinnyConfig(block_t=16, block_f=16, block_k=block_k, split_k=split_k, num_stages=5)
+    return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=5, prefetch=False)
 
 
 def _power_of_two(value: int) -> int:
@@ -196,6 +202,25 @@ def project(
         logits_TV = torch.mm(hidden_TE, weight_VE.t(), out_dtype=torch.float32)
         return logits_TV if bias_V is None else logits_TV.add_(bias_V)
     return functional.linear(hidden_TE, weight_VE, bias_V).float()
+
+
+def best_output(
+    hidden_TE: Tensor,
+    weight_VE: Tensor,
+    bias_V: Tensor | None = None,
+    *,
+    config: SkinnyConfig | None = None,
+    use_pdl: bool = False,
+) -> Tensor:
+    """Where each row of `project` is largest, int64 [T], the first among equals: the logits themselves are never written, where
+    the skinny kernel takes the product."""
+    config = config or _default_config(hidden_TE, weight_VE)
+    if config is None:
+        return argmax_rows(project(hidden_TE, weight_VE, bias_V))
+    num_tiles = -(-weight_VE.shape[0] // config.block_f)
+    keys_TJ = torch.empty(hidden_TE.shape[0], num_tiles, dtype=torch.int64, device=hidden_TE.device)
+    skinny_product(hidden_TE, weight_VE, config, out=keys_TJ, epilogue="best", bias=bias_V, use_pdl=use_pdl)
+    return best_of_keys(keys_TJ, use_pdl=use_pdl)
 
 
 def heads_block(

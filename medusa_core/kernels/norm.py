@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import launch_options
+
 
 @triton.jit
 def _rms_norm_kernel(x, weight, out, eps, K: tl.constexpr, BLOCK_K: tl.constexpr, HAS_WEIGHT: tl.constexpr, USE_PDL: tl.constexpr):
@@ -34,7 +36,6 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor | None, eps: float, *, use_pdl: bool
     """x / rms(x), times the weight if there is one, [T, E] in x's dtype. One launch, one program per row."""
     num_rows, num_values = x_TE.shape
     out_TE = torch.empty(num_rows, num_values, dtype=x_TE.dtype, device=x_TE.device)
-    options = {"launch_pdl": True} if use_pdl else {}
     _rms_norm_kernel[(num_rows,)](
         x_TE.contiguous(),
         weight_E,
@@ -45,6 +46,6 @@ def rms_norm(x_TE: Tensor, weight_E: Tensor | None, eps: float, *, use_pdl: bool
         HAS_WEIGHT=weight_E is not None,
         USE_PDL=use_pdl,
         num_warps=4 if num_values <= 2048 else 8,
-        **options,
+        **launch_options(use_pdl),
     )
     return out_TE

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import launch_options
+
 _BLOCK = 1024
 
 
@@ -35,8 +37,7 @@ def silu_mul(gate_up_T2I: Tensor, *, use_pdl: bool = False) -> Tensor:
     """silu(gate) * up, [T, I], of rows in which gate and up alternate; contiguous, any float dtype. Rounded once."""
     num_rows, width = gate_up_T2I.shape
     out_TI = torch.empty(num_rows, width // 2, dtype=gate_up_T2I.dtype, device=gate_up_T2I.device)
-    options = {"launch_pdl": True} if use_pdl else {}
     _silu_mul_kernel[(num_rows, triton.cdiv(width // 2, _BLOCK))](
-        gate_up_T2I.contiguous(), out_TI, width // 2, BLOCK=_BLOCK, USE_PDL=use_pdl, **options
+        gate_up_T2I.contiguous(), out_TI, width // 2, BLOCK=_BLOCK, USE_PDL=use_pdl, **launch_options(use_pdl)
     )
     return out_TI

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import launch_options
+
 _BLOCK_HEADS = 16
 
 
@@ -135,7 +137,6 @@ def rotate_and_write(
     if cos_TD.shape != (num_rows, head_dim) or cos_TD.stride(1) != 1 or sin_TD.stride(1) != 1 or slots_T.dtype != torch.int64:
         raise ValueError("Cosines and sines must cover the whole head dim of each row, and slots be int64.")
     query_THD = torch.empty(num_rows, num_heads, head_dim, dtype=qkv_TF.dtype, device=qkv_TF.device)
-    options = {"launch_pdl": True} if use_pdl else {}
     num_all = num_heads + 2 * num_kv_heads
     block_heads = min(_BLOCK_HEADS, triton.next_power_of_2(num_all))
     _rotate_and_write_kernel[(num_rows, triton.cdiv(num_all, block_heads))](
@@ -163,6 +164,6 @@ def rotate_and_write(
         num_warps=4,
         # a multiplication and an addition made one would skip a rounding that the modules do
         enable_fp_fusion=False,
-        **options,
+        **launch_options(use_pdl),
     )
     return query_THD

@@ -20,6 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from medusa_core.kernels.pointwise import silu
+from medusa_core.kernels.support import launch_options
+from medusa_core.kernels.topk import pack
 
 # Splits are cut at multiples of this, whatever the block sizes.
 _SPLIT_ALIGNMENT = 128
@@ -140,6 +142,15 @@ def _store_gated(out, acc_TF, t_T, in_rows_T, F, BLOCK_T: tl.constexpr, BLOCK_F:
     tl.store(pointers_TI, (silu(gate_TI) * up_TI).to(out.dtype.element_ty), mask=mask_TI)
 
 
+@triton.jit
+def _store_best(out, acc_TF, t_T, in_rows_T, in_outputs_F, BLOCK_F: tl.constexpr):
+    """The key (`topk.pack`) of each row's largest output within a tile, the first among equals; NaN counts as -inf."""
+    value_TF = tl.where(in_outputs_F[None, :] & (acc_TF == acc_TF), acc_TF, float("-inf"))
+    value_T, column_T = tl.max(value_TF, axis=1, return_indices=True)
+    pointers_T = out + t_T.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
+    tl.store(pointers_T, pack(value_T, tl.program_id(0) * BLOCK_F + column_T), mask=in_rows_T)
+
+
 @triton.jit(do_not_specialize=["T", "eps"])
 def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decided when it is compiled
     x,
@@ -170,7 +181,8 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
     """One program: rows [BLOCK_T] times outputs [BLOCK_F] of one stacked weight, over one split of the input values.
 
     Grid: (tiles of outputs, splits, tiles of rows * stacked weights). EPILOGUE is what follows the product y (norm and bias
-    included): "plain" y · "residual" residual + y · "gated" silu(y[2i]) * y[2i + 1] · "block" x + silu(y), K = F.
+    included): "plain" y · "residual" residual + y · "gated" silu(y[2i]) * y[2i + 1] · "block" x + silu(y), K = F · "best" the
+    largest of a tile, as a key.
 
     A share that one block covers is taken at once: every warp multiplies its own slice of the input values, and the slices are
     summed. All loads are under way together, which hides latency better than a pipeline of few iterations, and no two warps work
@@ -246,6 +258,8 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
         _finish_split(out, partials, counters, acc_TF, offset_TF, mask_TF, split_stride, SPLIT_K)
     elif EPILOGUE == "gated":
         _store_gated(out, acc_TF, t_T, in_rows_T, F, BLOCK_T, BLOCK_F)
+    elif EPILOGUE == "best":
+        _store_best(out, acc_TF, t_T, in_rows_T, in_outputs_F, BLOCK_F)
     else:
         tl.store(out + offset_TF, acc_TF.to(out.dtype.element_ty), mask=mask_TF)
 
@@ -268,7 +282,8 @@ def skinny_product(
     Args:
         x: [T, E] or [B, T, E], contiguous rows; a batch may be an expanded view. 16-bit.
         weight: [F, E] or [B, F, E], contiguous, x's dtype. bias: [F] or [B, F]. For the gated epilogue gate and up alternate.
-        out: [T, F], [T, F / 2] if gated, or [B, T, F], contiguous, written. Its dtype is the one results are stored in.
+        out: [T, F], [T, F / 2] if gated, or [B, T, F], contiguous, written. Its dtype is the one results are stored in. For the
+            epilogue "best": int64 [T, tiles of outputs], see `topk.best_of_keys`.
         norm_eps: divide x by its root mean square, with this epsilon, if the config can take the norm.
         counters: from `split_counters`; needed if the config splits. Zero again when the launch is done.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later).
@@ -292,11 +307,10 @@ def skinny_product(
     partials = out
     if split_k > 1:
         if epilogue not in ("plain", "residual") or counters is None or grid[0] * grid[2] > counters.numel():
-            raise ValueError("A split product needs a counter per tile, and cannot be gated.")
+            raise ValueError("A split product needs a counter per tile, and can only be plain or add a residual.")
         partials = torch.empty((split_k, *out.shape), dtype=torch.float32, device=out.device)
     if norm_eps is not None and not config.can_take_norm(num_inputs):
         raise ValueError("This config cannot take the norm into the product.")
-    options = {"launch_pdl": True} if use_pdl else {}
     _skinny_kernel[grid](
         x,
         weight,
@@ -325,6 +339,6 @@ def skinny_product(
         NUM_SLICES=min(config.num_warps, config.block_k // 16),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **options,
+        **launch_options(use_pdl),
     )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 import triton
@@ -22,6 +23,20 @@ def is_interpreted() -> bool:
 def can_overlap_launches(device: torch.device) -> bool:
     """Whether a kernel may start while the one before still runs (programmatic dependent launch: sm_90 and later)."""
     return device.type == "cuda" and not is_interpreted() and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(use_pdl: bool) -> dict[str, Any]:
+    """Keyword arguments of a launch that may start while the kernel before still runs. The kernel itself must then wait for that
+    one before it touches anything that changes from step to step (`follow_on`)."""
+    return {"launch_pdl": True} if use_pdl else {}
+
+
+@triton.jit
+def follow_on(USE_PDL: tl.constexpr):
+    """First line of a kernel that reads nothing ahead: the next kernel may start, and this one waits for the one before."""
+    if USE_PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
 
 
 @cache

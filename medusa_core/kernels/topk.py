@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import follow_on, launch_options
+
 # Below the image of every float32.
 EMPTY = tl.constexpr(-(2**63))
 # Columns per program of the top-k; wider when there are programs enough, or too many candidates for one merge.
@@ -78,8 +80,11 @@ def _argmax_part(
 
 
 @triton.jit
-def _part_candidates(logits_ptr, keys_ptr, num_columns, row_stride, NUM_CANDIDATES: tl.constexpr, PART: tl.constexpr):
+def _part_candidates(
+    logits_ptr, keys_ptr, num_columns, row_stride, NUM_CANDIDATES: tl.constexpr, PART: tl.constexpr, USE_PDL: tl.constexpr
+):
     """Keys of the best columns of one part of a row, best first. Grid (R, parts)."""
+    follow_on(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * PART + tl.arange(0, PART)
     is_inside = columns < num_columns
@@ -93,8 +98,18 @@ def _part_candidates(logits_ptr, keys_ptr, num_columns, row_stride, NUM_CANDIDAT
 
 
 @triton.jit
-def _merge_candidates(keys_ptr, ids_ptr, values_ptr, token_map_ptr, num_keys, NUM_CANDIDATES: tl.constexpr, BLOCK: tl.constexpr):
+def _merge_candidates(
+    keys_ptr,
+    ids_ptr,
+    values_ptr,
+    token_map_ptr,
+    num_keys,
+    NUM_CANDIDATES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
     """The best of a row's keys, best first, as ids and (optionally) values. Grid (R,)."""
+    follow_on(USE_PDL)
     row = tl.program_id(0).to(tl.int64)
     offsets = tl.arange(0, BLOCK)
     keys = tl.load(keys_ptr + row * num_keys + offsets, mask=offsets < num_keys, other=EMPTY)
@@ -129,11 +144,22 @@ def argmax_rows(logits_RV: Tensor) -> Tensor:
         logits_RV, keys_RJ, num_columns, logits_RV.stride(0), num_blocks, block_len, num_parts == 1, num_warps=8
     )
     if num_parts > 1:
-        _merge(keys_RJ, out_R, None, None, 1)
+        _merge(keys_RJ, out_R, None, None, 1, False)
     return out_R
 
 
-def topk_rows(logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None) -> Tensor:
+def best_of_keys(keys_RJ: Tensor, *, use_pdl: bool = False) -> Tensor:
+    """Column of the largest of each row's keys (`pack`), int64 [R]. keys_RJ: int64, contiguous.
+
+    use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later); here and below.
+    """
+    out_R = torch.empty(keys_RJ.shape[0], dtype=torch.int64, device=keys_RJ.device)
+    if keys_RJ.shape[0] > 0:
+        _merge(keys_RJ, out_R, None, None, 1, use_pdl)
+    return out_R
+
+
+def topk_rows(logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None, use_pdl: bool = False) -> Tensor:
     """Columns of the C largest entries of each row, int64 [R, C]: best first, the lowest column first among equals.
 
     Args:
@@ -144,11 +170,11 @@ def topk_rows(logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | N
     Raises:
         ValueError: C is not between 1 and V, or C is beyond what one merge holds (about 8,192 / (V / 4,096)).
     """
-    return topk_rows_with_values(logits_RV, num_candidates, token_map_V=token_map_V, has_values=False)[0]
+    return topk_rows_with_values(logits_RV, num_candidates, token_map_V=token_map_V, has_values=False, use_pdl=use_pdl)[0]
 
 
 def topk_rows_with_values(
-    logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None, has_values: bool = True
+    logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None, has_values: bool = True, use_pdl: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """`topk_rows` and the entries themselves, float32 [R, C] (None if not `has_values`)."""
     num_rows, num_columns = _check(logits_RV)
@@ -162,9 +188,17 @@ def topk_rows_with_values(
         return ids_RC, values_RC
     keys_RJ = torch.empty(num_rows, num_parts * num_candidates, dtype=torch.int64, device=logits_RV.device)
     _part_candidates[(num_rows, num_parts)](
-        logits_RV, keys_RJ, num_columns, logits_RV.stride(0), num_candidates, part_len, num_warps=4
+        logits_RV,
+        keys_RJ,
+        num_columns,
+        logits_RV.stride(0),
+        num_candidates,
+        part_len,
+        use_pdl,
+        num_warps=4,
+        **launch_options(use_pdl),
     )
-    _merge(keys_RJ, ids_RC, values_RC, token_map_V, num_candidates)
+    _merge(keys_RJ, ids_RC, values_RC, token_map_V, num_candidates, use_pdl)
     return ids_RC, values_RC
 
 
@@ -180,12 +214,23 @@ def _part_len(num_rows: int, num_columns: int, num_candidates: int) -> int:
     return part_len
 
 
-def _merge(keys_RJ: Tensor, ids_RC: Tensor, values_RC: Tensor | None, token_map_V: Tensor | None, num_candidates: int) -> None:
+def _merge(
+    keys_RJ: Tensor, ids_RC: Tensor, values_RC: Tensor | None, token_map_V: Tensor | None, num_candidates: int, use_pdl: bool
+) -> None:
     num_rows, num_keys = keys_RJ.shape
     block_len = triton.next_power_of_2(num_keys)
     num_warps = 1 if block_len <= 128 else 4 if block_len <= 2048 else 16
     _merge_candidates[(num_rows,)](
-        keys_RJ, ids_RC, values_RC, token_map_V, num_keys, num_candidates, block_len, num_warps=num_warps
+        keys_RJ,
+        ids_RC,
+        values_RC,
+        token_map_V,
+        num_keys,
+        num_candidates,
+        block_len,
+        use_pdl,
+        num_warps=num_warps,
+        **launch_options(use_pdl),
     )
 
 

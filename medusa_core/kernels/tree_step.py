@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from medusa_core.kernels.support import follow_on, launch_options
+
 # Columns of a result row behind its L tokens: how many were drawn (accepted + 1), how many kept, and the finish code.
 NUM_RESULT_COLUMNS = 3
 # as in speculation/verify.py
@@ -55,7 +57,9 @@ def _pack_kernel(
     nodes_padded: tl.constexpr,
     block_size: tl.constexpr,
     has_draft: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
+    follow_on(USE_PDL)
     b = tl.program_id(0)
     lane = tl.load(lane_ptr + b)
     known = tl.load(num_known + lane)
@@ -106,7 +110,9 @@ def _walk_kernel(
     hidden_size: tl.constexpr,
     hidden_block: tl.constexpr,
     block_size: tl.constexpr,
+    USE_PDL: tl.constexpr,
 ):
+    follow_on(USE_PDL)
     b = tl.program_id(0)
     lane = tl.load(lane_ptr + b)
     known = tl.load(num_known + lane)
@@ -176,12 +182,15 @@ def pack_trees(
     block_size: int,
     spare_slot: int,
     max_position: int,
+    use_pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of one decode step, from lane state. All tensors int64 and contiguous.
 
     Args:
         candidates_BKC: each head's best tokens; None only for a tree of one node.
         max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
+        use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). Attention reads some
+            of the results ahead, so a kernel without must come in between; the embedding is one.
 
     Returns:
         token_T, position_T, slot_T (where K/V go; the spare slot beyond a lane's blocks), index_T (index in the output of the token
@@ -218,7 +227,9 @@ def pack_trees(
         nodes_padded=triton.next_power_of_2(num_nodes),
         block_size=block_size,
         has_draft=candidates_BKC is not None,
+        USE_PDL=use_pdl,
         num_warps=1,
+        **launch_options(use_pdl),
     )
     return token_T, position_T, slot_T, index_T, lane_T, base_B
 
@@ -241,6 +252,7 @@ def walk_trees(
     block_size: int,
     spare_slot: int,
     result_BR: Tensor,
+    use_pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Walk each lane's tree along `drawn_T`, the token the model drew at every node, and update the lane.
 
@@ -281,6 +293,8 @@ def walk_trees(
         hidden_size=hidden_size,
         hidden_block=min(triton.next_power_of_2(hidden_size), _HIDDEN_BLOCK),
         block_size=block_size,
+        USE_PDL=use_pdl,
         num_warps=1 if num_nodes <= 32 else 2,
+        **launch_options(use_pdl),
     )
     return source_BL, target_BL

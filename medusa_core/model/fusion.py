@@ -121,7 +121,11 @@ def fuse_projection(projection: Projection, *, use_pdl: bool | None = None) -> b
         return False
     if use_pdl is None:
         use_pdl = can_overlap_launches(linear.weight.device)
-    projection.linear = Float32Linear(linear, use_pdl=use_pdl)
+    fused = Float32Linear(linear, use_pdl=use_pdl)
+    projection.linear = fused
+    if projection.multiplier == 1.0 and projection.softcap is None:
+        # else what follows the product may make ties of what differs
+        projection.best_token = fused.best
     return True
 
 

@@ -10,6 +10,7 @@ the base model's `lm_head` shared by all heads, one `lm_head` per head, and eith
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +81,9 @@ class MedusaHeads(nn.Module):
         if hidden_BE.is_cuda and hidden_BE.dtype != torch.float32:
             # imported here, because a CPU build of torch comes without triton
             from medusa_core.kernels.linear import heads_block
+            from medusa_core.kernels.support import can_overlap_launches
 
-            block = heads_block
+            block = partial(heads_block, use_pdl=can_overlap_launches(hidden_BE.device))
         for layer, weight_KEE in enumerate(self.weight_LKEE[:, :num_heads]):
             x_KBE = block(x_KBE, weight_KEE, None if self.bias_LKE is None else self.bias_LKE[layer, :num_heads])
         return x_KBE
@@ -102,9 +104,12 @@ class MedusaHeads(nn.Module):
         """The first heads' best tokens, best first: base vocabulary ids, int64 [B, K, C]."""
         logits_BKV = self(hidden_BE, project, num_heads)
         if logits_BKV.is_cuda:
-            from medusa_core.kernels.topk import topk_rows  # a CPU build of torch comes without triton
+            # a CPU build of torch comes without triton
+            from medusa_core.kernels.support import can_overlap_launches
+            from medusa_core.kernels.topk import topk_rows
 
-            ids = topk_rows(logits_BKV.flatten(0, 1), num_candidates, token_map_V=self.token_map_V)
+            use_pdl = can_overlap_launches(hidden_BE.device)
+            ids = topk_rows(logits_BKV.flatten(0, 1), num_candidates, token_map_V=self.token_map_V, use_pdl=use_pdl)
             return ids.view(*logits_BKV.shape[:2], num_candidates)
         return self._base_ids(logits_BKV.topk(num_candidates, dim=-1).indices)
 

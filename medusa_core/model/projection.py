@@ -8,6 +8,7 @@ done here. `check_projection` compares both at load; an architecture that does s
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ class Projection(nn.Module):
     """`lm_head`, then the architecture's logit scale or soft cap in float32.
 
     The product runs in the model's dtype and is upcast afterwards, so ties between bfloat16 logits stay ties. num_tokens: V, the
-    number of logits per row.
+    number of logits per row. best_token: hidden_TE -> the token of the largest logit, int64 [T], the lowest id among equals, where
+    a fused layer (model/fusion.py) finds it without writing the logits; else None.
     """
 
     def __init__(self, linear: Any, *, multiplier: float = 1.0, softcap: float | None = None) -> None:
@@ -33,6 +35,7 @@ class Projection(nn.Module):
         self.num_tokens: int = linear.weight.shape[0]
         self.multiplier = multiplier
         self.softcap = softcap
+        self.best_token: Callable[[Tensor], Tensor] | None = None
 
     def forward(self, hidden_TE: Tensor) -> Tensor:
         """Logits float32 [..., V] of hidden states [..., E] taken behind the final norm."""

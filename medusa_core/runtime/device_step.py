@@ -44,9 +44,12 @@ class StepParts:
     tile_rows: int
     use_pdl: bool
 
-    def draw(self, logits_TV: Tensor, lane_T: Tensor, index_T: Tensor, *, is_greedy: bool) -> Tensor:
+    def draw(self, hidden_TE: Tensor, lane_T: Tensor, index_T: Tensor, *, is_greedy: bool) -> Tensor:
         """The token the model draws at each row, int64 [T]. A draw depends on the row's logits and its index alone, so all nodes of
         a tree can be drawn for at once."""
+        if is_greedy and self.model.best_token is not None:
+            return self.model.best_token(hidden_TE)
+        logits_TV = self.model.project(hidden_TE)
         if is_greedy:
             return argmax_rows(logits_TV)
         lanes = self.lanes
@@ -85,6 +88,7 @@ class StepParts:
             block_size=self.tables.block_size,
             spare_slot=self.tables.spare_slot,
             result_BR=result_BR,
+            use_pdl=self.use_pdl,
         )
 
 
@@ -115,6 +119,7 @@ class DecodeStep:
             block_size=parts.tables.block_size,
             spare_slot=parts.tables.spare_slot,
             max_position=lanes.max_model_len - 1,
+            use_pdl=parts.use_pdl,
         )
         context = tree_context(
             parts.kv_store,
@@ -128,11 +133,11 @@ class DecodeStep:
             use_pdl=parts.use_pdl,
         )
         hidden_TE = parts.model.forward(token_T, position_T, context)
-        drawn_T = parts.draw(parts.model.project(hidden_TE), lane_T, index_T, is_greedy=self._is_greedy)
+        drawn_T = parts.draw(hidden_TE, lane_T, index_T, is_greedy=self._is_greedy)
         source_BL, target_BL = parts.walk(self.lane_B, drawn_T, token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
-                commit_path(key_YSGD, value_YSGD, source_BL, target_BL)
+                commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
 
     def draft(self) -> Tensor | None:
         """Each head's best tokens for every lane, int64 [B, K, C]; None for a tree of one node."""
@@ -197,5 +202,5 @@ class PrefillStep:
         hidden_TE = parts.model.forward(lanes.tokens_PL[lane_T, position_T], position_T, context)
         hidden_CE = hidden_TE[draw_row_C]
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
-        drawn_C = parts.draw(parts.model.project(hidden_CE), draw_lane_C, index_C, is_greedy=self._is_greedy)
+        drawn_C = parts.draw(hidden_CE, draw_lane_C, index_C, is_greedy=self._is_greedy)
         parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)

@@ -31,7 +31,8 @@ class DeviceModel:
     """The model as the runner uses it.
 
     forward: (token_ids_T, position_ids_T, context) -> post-norm hidden_TE. project: hidden_TE -> logits_TV float32.
-    draft: see speculation.drafter.Draft; None without heads, and every tree has one node.
+    draft: see speculation.drafter.Draft; None without heads, and every tree has one node. best_token: hidden_TE -> the token of the
+    largest logit, the lowest id among equals, int64 [T], where there is a shorter way to it than `project`.
     """
 
     forward: Callable[[Tensor, Tensor, AttentionContext], Tensor]
@@ -39,6 +40,7 @@ class DeviceModel:
     draft: Draft | None
     eos_token_ids: tuple[int, ...]
     device: torch.device
+    best_token: Callable[[Tensor], Tensor] | None = None
 
 
 @dataclass(slots=True)

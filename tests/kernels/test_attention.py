@@ -326,7 +326,7 @@ def test_too_many_nodes_are_refused():
         run_tree(case, torch.zeros(65, dtype=torch.int64), torch.eye(64, dtype=torch.bool))
 
 
-@pytest.mark.parametrize(("bases", "most_programs"), [(1, 396), (16, 396), (1024, 2048)])
+@pytest.mark.parametrize(("bases", "most_programs"), [(1, 528), (16, 528), (1024, 2048)])
 @pytest.mark.parametrize("num_nodes", [1, 16, 64])
 def test_splits_fill_the_chip_and_no_more(num_nodes, bases, most_programs):
     splits = tree_splits(bases, num_nodes, 14, 2)

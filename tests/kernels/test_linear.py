@@ -9,6 +9,7 @@ from torch.nn import functional
 from medusa_core.kernels import linear
 from medusa_core.kernels.linear import SkinnyConfig
 from medusa_core.kernels.skinny import skinny_product
+from medusa_core.kernels.topk import argmax_rows
 from tests import options
 
 EPS = 1e-5
@@ -121,6 +122,22 @@ def test_project_keeps_the_float32_sums(num_rows, dtype):
         assert actual.dtype == torch.float32
         # more rows than the kernel takes are rounded on a CPU, which has no product of 16-bit values with float32 results
         assert_near(actual, expected, dtype if options.device == "cpu" and num_rows > linear.MAX_SKINNY_ROWS else torch.float32)
+
+
+@pytest.mark.parametrize("num_rows", [1, 20, 70])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_best_output_is_the_argmax_of_the_projection(num_rows, has_bias, dtype):
+    x, weight = randn(num_rows, 48, dtype=dtype), randn(150, 48, dtype=dtype, seed=1)
+    # every output twice, so that each largest one is a tie
+    weight[75:] = weight[:75]
+    bias = randn(75, dtype=dtype, seed=2).repeat(2) if has_bias else None
+    x[1:2] = torch.nan
+    logits = linear.project(x, weight, bias)
+    best = linear.best_output(x, weight, bias)
+    assert best.tolist() == argmax_rows(logits).tolist()
+    assert best.dtype == torch.int64
+    assert (best < 75).all()
+    assert num_rows == 1 or len(best.unique()) > 5
 
 
 @pytest.mark.parametrize("num_rows", [1, 18, 65])
