@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import sys
 
 import pytest
 
@@ -11,6 +12,10 @@ from tests import options
 # before any test imports torch
 for _name, _value in ENGINE_ENVIRONMENT.items():
     os.environ.setdefault(_name, _value)
+# On a CPU, kernels run in Triton's interpreter. Triton reads this when it is imported, which is before options are parsed; the
+# workers of pytest-xdist are not given the arguments, but inherit what the first process decided.
+if "PYTEST_XDIST_WORKER" not in os.environ and not any(argument.startswith("--device") for argument in sys.argv):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser):
@@ -19,9 +24,6 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     options.device = config.getoption("--device")
-    if options.device == "cpu":
-        # Kernels run in Triton's interpreter. It reads this when it is imported, which the test modules do later.
-        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_collection_modifyitems(items):
