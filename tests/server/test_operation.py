@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import socket
 
 import httpx
 import pytest
@@ -13,6 +14,7 @@ import pytest
 from medusa_core import __version__
 from medusa_core.errors import ModelLoadError
 from server.app import create_app
+from server.main import listen
 from server.settings import ServerSettings
 from tests.server.fakes import FakeClient, FakeText
 from tests.server.test_bad_input import error_of
@@ -183,3 +185,11 @@ async def test_polling_is_logged_below_requests(make_http, caplog):
     (line,) = [record.getMessage() for record in caplog.records if record.name == "server.access"]
     assert line.startswith("POST /v1/completions 200 ")
     assert line.endswith(" abc")
+
+
+def test_answers_on_a_connection_that_is_kept_are_not_held_back():
+    """Nagle's algorithm would keep the second frame until the client has acknowledged the first: 40 ms."""
+    with listen(ServerSettings(host="127.0.0.1", port=0)) as listener, socket.create_connection(listener.getsockname()):
+        accepted, _ = listener.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY) != 0
