@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 import sys
+import threading
 from types import FrameType
 
 import uvicorn
@@ -17,7 +18,7 @@ from medusa_core.engine.client import EngineClient
 from medusa_core.engine.worker_client import WorkerClient
 from medusa_core.errors import ConfigError, MedusaError
 from medusa_core.outputs import EngineInfo
-from medusa_core.text import TextProcessor
+from medusa_core.text import TextProcessor, import_tokenizers
 from server.app import create_app
 from server.serving import Serving, TextLoader
 from server.settings import PROGRAM, ServerSettings, load_settings
@@ -41,6 +42,8 @@ def run(arguments: list[str]) -> int:
         settings = load_settings(arguments)
         config = settings.engine_config()
         client = WorkerClient(config, log_level=settings.log_level.upper())
+        # while the engine's process loads the model
+        threading.Thread(target=import_tokenizers, name="import-tokenizers", daemon=True).start()
         return serve(client, text_loader(settings), settings)
     except MedusaError as error:
         print_error(error)

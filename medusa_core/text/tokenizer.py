@@ -10,6 +10,11 @@ from typing import Any
 from medusa_core.errors import InvalidParameterError, ModelLoadError
 
 
+def import_tokenizers() -> None:
+    """Import what `Tokenizer.load` needs. That takes seconds, so a caller that waits for something else may do it meanwhile."""
+    from transformers import AutoTokenizer  # noqa: F401 - the import is all
+
+
 class PieceTexts(dict[int, str | None]):
     """The text of each token wherever it stands; None if that is not known: the token holds a part of a character.
 
