@@ -42,8 +42,6 @@ def run(arguments: list[str]) -> int:
         settings = load_settings(arguments)
         config = settings.engine_config()
         client = WorkerClient(config, log_level=settings.log_level.upper())
-        # while the engine's process loads the model
-        threading.Thread(target=import_tokenizers, name="import-tokenizers", daemon=True).start()
         return serve(client, text_loader(settings), settings)
     except MedusaError as error:
         print_error(error)
@@ -65,6 +63,8 @@ def serve(client: EngineClient, load_text: TextLoader, settings: ServerSettings)
     """Serve until a signal comes, then drain. Returns the exit code; raises MedusaError when the first load fails."""
     logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with listen(settings) as listener:
+        # Meanwhile the engine's process loads the model. What goes wrong here is told when the text is loaded.
+        threading.Thread(target=_import_tokenizers, name="import-tokenizers", daemon=True).start()
         return asyncio.run(_serve(client, load_text, settings, listener))
 
 
@@ -78,7 +78,7 @@ async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSe
             failures.append(error)
             server.should_exit = True
             return
-        # What has been imported and loaded stays. Walking all of it in each full collection would halt every stream for 0.1 s.
+        # What is loaded stays. Walking all of it in each full collection would halt every stream for 0.1 s and more.
         gc.collect()
         gc.freeze()
 
@@ -98,6 +98,11 @@ async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSe
     if failures:
         raise failures[0]
     return 1 if server.force_exit else 0
+
+
+def _import_tokenizers() -> None:
+    with contextlib.suppress(ImportError):
+        import_tokenizers()
 
 
 def listen(settings: ServerSettings) -> socket.socket:

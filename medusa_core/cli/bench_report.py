@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import typer
 
-from medusa_core.bench.machine import Machine, command_line, describe_machine
+from medusa_core.bench.machine import command_line, describe_machine
 from medusa_core.bench.report import Figures, Report, write_report
 from medusa_core.outputs import EngineInfo
 
@@ -27,12 +27,11 @@ class KeptReport:
         self._kind = kind
         self._settings = settings
         self._notes = notes
-        self._machine: Machine | None = None
+        self._machine = describe_machine()
 
     def keep(self, figures: Figures, missing: str | None) -> None:
         """Replace the files, plots left out. missing: as `Report.incomplete`."""
-        self._machine = self._machine or describe_machine()
-        self.report = Report(
+        report = Report(
             kind=self._kind,
             machine=self._machine,
             command=command_line(),
@@ -42,7 +41,8 @@ class KeptReport:
             notes=self._notes,
             incomplete=missing,
         )
-        write_report(self.report, self.folder, has_plots=False)
+        write_report(report, self.folder, has_plots=False)
+        self.report = report
 
 
 @contextmanager
@@ -58,6 +58,9 @@ def kept_report(context: typer.Context, kind: str, notes: list[str]) -> Iterator
         yield kept
         _finish(kept, has_plots)
     except KeyboardInterrupt as interrupt:
+        # The plots take seconds; who asks again must not lose the report for that.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _finish(kept, has_plots)
         print(f"medusa: interrupted; {_whereabouts(kept)}.", file=sys.stderr)
         sys.exit(143 if isinstance(interrupt, _Terminated) else 130)

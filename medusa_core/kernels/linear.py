@@ -50,7 +50,7 @@ _WHOLE_ROW = 1024
 _LARGE_SHARE = 1280
 # So many tiles keep every processor busy without splitting the input values, and without taking a row whole.
 _ENOUGH_TILES = 256
-# And from so many on, a weight is so large that reading it ahead only crowds the second-level cache.
+# And from so many on, more outputs per program pay.
 _MANY_TILES = 2048
 
 
@@ -245,11 +245,14 @@ def _default_config(x_TE: Tensor, weight_FE: Tensor, counters: Tensor | None = N
 
 
 def fit_config(config: SkinnyConfig, shared_bytes: int) -> SkinnyConfig:
-    """The config with as many stages, then as large tiles, as the shared memory of a program holds (16-bit values)."""
+    """The config with as many stages, then as many outputs and inputs at once, as the shared memory of a program holds (16-bit
+    values)."""
     while config.shared_bytes > shared_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)
     while config.shared_bytes > shared_bytes and config.block_f > 16:
         config = replace(config, block_f=config.block_f // 2)
+    while config.shared_bytes > shared_bytes and config.block_k > 64:
+        config = replace(config, block_k=config.block_k // 2)
     return config
 
 

@@ -145,6 +145,7 @@ def _store_gated(out, acc_TF, t_T, in_rows_T, F, BLOCK_T: tl.constexpr, BLOCK_F:
 @triton.jit
 def _store_best(out, acc_TF, t_T, in_rows_T, in_outputs_F, BLOCK_F: tl.constexpr):
     """The key (`topk.pack`) of each row's largest output within a tile, the first among equals; NaN counts as -inf."""
+    # `tl.max` is not defined for NaN
     value_TF = tl.where(in_outputs_F[None, :] & (acc_TF == acc_TF), acc_TF, float("-inf"))
     value_T, column_T = tl.max(value_TF, axis=1, return_indices=True)
     pointers_T = out + t_T.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)

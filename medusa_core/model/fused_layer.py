@@ -202,5 +202,5 @@ class Float32Linear(nn.Linear):
         return linear.project(rows_TE, self.weight, self.bias, use_pdl=self.use_pdl).view(*input.shape[:-1], -1)
 
     def best(self, hidden_TE: Tensor) -> Tensor:
-        """Index of each row's largest result, int64 [T], the first among equals, without writing the results."""
+        """Index of each row's largest result, int64 [T], the first among equals; of up to 64 rows without writing the results."""
         return linear.best_output(hidden_TE, self.weight, self.bias, use_pdl=self.use_pdl)

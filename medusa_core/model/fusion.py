@@ -24,6 +24,7 @@ from transformers.activations import ACT2FN
 from medusa_core.attention.segments import AttentionParams
 from medusa_core.kernels.linear import fold_norm, interleave, split_counters
 from medusa_core.kernels.support import KernelError, can_overlap_launches
+from medusa_core.kernels.topk import argmax_rows
 from medusa_core.model.attention_hook import install_attention
 from medusa_core.model.fused_layer import (
     DecoderShape,
@@ -123,9 +124,20 @@ def fuse_projection(projection: Projection, *, use_pdl: bool | None = None) -> b
         use_pdl = can_overlap_launches(linear.weight.device)
     fused = Float32Linear(linear, use_pdl=use_pdl)
     projection.linear = fused
-    if projection.multiplier == 1.0 and projection.softcap is None:
-        # else what follows the product may make ties of what differs
+    # A scale or a soft cap behind the product may make ties of what differs.
+    if projection.multiplier == 1.0 and projection.softcap is None and _finds_best(fused):
         projection.best_token = fused.best
+    return True
+
+
+def _finds_best(linear: Float32Linear) -> bool:
+    """Whether the short way to the largest result finds the same as the results themselves, for random rows."""
+    for num_rows in _PROOF_ROWS:
+        noise = torch.randn(num_rows, linear.in_features, generator=torch.Generator().manual_seed(num_rows))
+        rows_TE = noise.to(linear.weight.device, linear.weight.dtype)
+        if not torch.equal(linear.best(rows_TE), argmax_rows(linear(rows_TE))):
+            logger.warning("The largest logit is not found inside the output product of %d rows, so logits are written.", num_rows)
+            return False
     return True
 
 

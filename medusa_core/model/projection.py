@@ -25,7 +25,7 @@ class Projection(nn.Module):
 
     The product runs in the model's dtype and is upcast afterwards, so ties between bfloat16 logits stay ties. num_tokens: V, the
     number of logits per row. best_token: hidden_TE -> the token of the largest logit, int64 [T], the lowest id among equals, where
-    a fused layer (model/fusion.py) finds it without writing the logits; else None.
+    a fused layer (model/fusion.py) has a shorter way to it than the logits; else None.
     """
 
     def __init__(self, linear: Any, *, multiplier: float = 1.0, softcap: float | None = None) -> None:

@@ -124,19 +124,27 @@ def test_project_keeps_the_float32_sums(num_rows, dtype):
         assert_near(actual, expected, dtype if options.device == "cpu" and num_rows > linear.MAX_SKINNY_ROWS else torch.float32)
 
 
+# of a large output layer, for few rows and for more
+LM_HEAD_CONFIGS = [SkinnyConfig(block_t=block_t, block_f=128, block_k=64, prefetch=False) for block_t in (16, 64)]
+
+
 @pytest.mark.parametrize("num_rows", [1, 20, 70])
 @pytest.mark.parametrize("has_bias", [False, True])
-def test_the_best_output_is_the_argmax_of_the_projection(num_rows, has_bias, dtype):
-    x, weight = randn(num_rows, 48, dtype=dtype), randn(150, 48, dtype=dtype, seed=1)
+@pytest.mark.parametrize("config", [None, *LM_HEAD_CONFIGS], ids=["default", "16", "64"])
+# the second is so large that many rows go through the library
+@pytest.mark.parametrize("num_outputs", [150, 4200])
+def test_the_best_output_is_the_argmax_of_the_projection(num_outputs, num_rows, config, has_bias, dtype):
+    x, weight = randn(num_rows, 48, dtype=dtype), randn(num_outputs, 48, dtype=dtype, seed=1)
     # every output twice, so that each largest one is a tie
-    weight[75:] = weight[:75]
-    bias = randn(75, dtype=dtype, seed=2).repeat(2) if has_bias else None
+    half = num_outputs // 2
+    weight[half:] = weight[:half]
+    bias = randn(half, dtype=dtype, seed=2).repeat(2) if has_bias else None
     x[1:2] = torch.nan
-    logits = linear.project(x, weight, bias)
-    best = linear.best_output(x, weight, bias)
+    logits = linear.project(x, weight, bias, config=config)
+    best = linear.best_output(x, weight, bias, config=config)
     assert best.tolist() == argmax_rows(logits).tolist()
     assert best.dtype == torch.int64
-    assert (best < 75).all()
+    assert (best < half).all()
     assert num_rows == 1 or len(best.unique()) > 5
 
 
@@ -219,6 +227,9 @@ def test_every_default_config_is_one_the_kernel_takes(can_split):
             for block in (config.block_t, config.block_f, config.block_k):
                 assert block >= 16
                 assert block & (block - 1) == 0
+            # the smallest there are: a consumer GPU's, and that of a GPU without bfloat16
+            for shared_bytes in (99 * 1024, 64 * 1024):
+                assert linear.fit_config(config, shared_bytes).shared_bytes <= shared_bytes
 
 
 def test_a_config_is_cut_down_to_the_shared_memory_there_is():

@@ -217,6 +217,33 @@ def test_a_fused_projection_keeps_float32_sums_and_its_weight():
         torch.testing.assert_close(restricted(hidden), expected[..., some], rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("num_rows", [1, 20, 70])
+def test_a_fused_projection_finds_the_best_token(num_rows):
+    torch.manual_seed(0)
+    projection = Projection(nn.Linear(64, 300, bias=False, device=options.device, dtype=torch.float16).requires_grad_(False))
+    fuse_projection(projection)
+    hidden = torch.randn(num_rows, 64).to(options.device, torch.float16)
+    best = projection.best_token(hidden)
+    assert torch.equal(best, projection(hidden).argmax(dim=-1))
+    assert num_rows == 1 or len(best.unique()) > 5
+
+
+@pytest.mark.parametrize("change", [{"multiplier": 0.5}, {"softcap": 30.0}])
+def test_a_scale_or_a_soft_cap_has_no_short_way_to_the_best_token(change):
+    linear = nn.Linear(64, 300, bias=False, device=options.device, dtype=torch.float16).requires_grad_(False)
+    projection = Projection(linear, **change)
+    assert fuse_projection(projection)
+    assert projection.best_token is None
+
+
+def test_a_short_way_to_the_best_token_that_is_wrong_is_not_taken(monkeypatch, caplog):
+    monkeypatch.setattr(Float32Linear, "best", lambda self, hidden: hidden.new_zeros(len(hidden), dtype=torch.int64))
+    projection = Projection(nn.Linear(64, 300, bias=False, device=options.device, dtype=torch.float16).requires_grad_(False))
+    assert fuse_projection(projection)
+    assert projection.best_token is None
+    assert "not found inside the output product" in caplog.text
+
+
 def test_a_float32_projection_stays():
     projection = Projection(nn.Linear(48, 130))
     assert not fuse_projection(projection)

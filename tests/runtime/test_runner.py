@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -17,7 +18,7 @@ from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
 from medusa_core.plan import BlockAppend, DecodeGroup, LaneJoin, LaneResult, PrefillChunk, Runner, StepPlan
 from medusa_core.runtime.device_step import StepParts
-from medusa_core.runtime.graph_runner import GraphRunner
+from medusa_core.runtime.graph_runner import MAX_CHUNKS, GraphRunner
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
@@ -81,7 +82,9 @@ def bench(request):
 class Bench:
     """One runner, lane 2, and step numbers."""
 
-    def __init__(self, eos_token_ids: tuple[int, ...] = (), *, kind: str = "eager") -> None:
+    def __init__(
+        self, eos_token_ids: tuple[int, ...] = (), *, kind: str = "eager", best_token: Callable[..., Tensor] | None = None
+    ) -> None:
         loaded = tiny_model("llama")
         install_attention(loaded.model)
         self.draft = ScriptedDraft()
@@ -91,6 +94,7 @@ class Bench:
             draft=self.draft,
             eos_token_ids=eos_token_ids,
             device=loaded.device,
+            best_token=best_token and partial(best_token, loaded.project),
         )
         shapes = probe_layer_shapes(loaded.model)
         store = KVStore(shapes, NUM_BLOCKS, BLOCK_SIZE, torch.float32, loaded.device)
@@ -169,6 +173,20 @@ def test_right_drafts_are_accepted_and_committed(bench, continuation):
     assert bench.decode(1, []).token_ids == continuation[5:6]
     assert bench.decode(6, continuation[6:8]).token_ids == continuation[6:9]
     assert tokens == continuation[:1]
+
+
+def test_greedy_lanes_take_the_short_way_to_the_token(continuation):
+    num_rows = []
+
+    def best_token(project, hidden_TE):
+        num_rows.append(len(hidden_TE))
+        return project(hidden_TE).argmax(dim=-1)
+
+    bench = Bench(kind="kernels", best_token=best_token)
+    assert bench.prefill() == continuation[:1]
+    assert bench.decode(6, continuation[1:4]).token_ids == continuation[1:5]
+    # the draws of a prefill step, and the nodes of a tree
+    assert {MAX_CHUNKS, 6} <= set(num_rows)
 
 
 def test_wrong_drafts_cost_nothing_but_the_step(bench, continuation):
