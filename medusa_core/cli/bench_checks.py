@@ -34,7 +34,8 @@ def prompt_source(context: typer.Context) -> tuple[list[Question], Synthetic | N
     if (prompts is None) == (synthetic is None):
         raise ConfigError("Give either --prompts with a file of questions, or --synthetic INxOUT.")
     if prompts is not None:
-        return read_questions(prompts, context.params["num_prompts"]), None
+        # older releases of typer leave the text here that was typed
+        return read_questions(Path(prompts), context.params["num_prompts"]), None
     shape = parse_synthetic(synthetic)
     if is_given(context, "max_tokens"):
         raise ConfigError(

@@ -51,7 +51,7 @@ def kept_report(context: typer.Context, kind: str, notes: list[str]) -> Iterator
 
     Ctrl-C ends the program with code 130, SIGTERM with 143. The folder of `--output` must exist.
     """
-    kept = KeptReport(kind, context.params["output"], settings(context), notes)
+    kept = KeptReport(kind, Path(context.params["output"]), settings(context), notes)
     has_plots = not context.params["no_plots"]
     handler = signal.signal(signal.SIGTERM, _terminate)
     try:
