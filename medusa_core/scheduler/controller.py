@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
+from functools import partial
 from typing import Protocol
 
 from medusa_core.config import NODE_BUCKETS
@@ -82,7 +83,11 @@ class FixedTreeSize(_SizeLimits):
 
 
 class MeasuredTreeSize(_SizeLimits):
-    """The size with the most tokens per second: (lanes * E(n) + plain lanes) / t(step).
+    """The size with the most tokens per second of decoding: (lanes * E(n) + plain lanes) / t(n).
+
+    Prompts have to be computed whatever the size, and the lanes they will fill decode cheaply beside many others. So t(n) is what
+    decoding takes alone, plain, and what the tree adds to this step, prefill rows included. Over the whole step, beside a chunk
+    that takes longer than they do, trees would look nearly free that make all requests together slower.
 
     E(n) - 1, the draft tokens expected per step, comes from calibration and is corrected by live acceptance: one factor, a ratio of
     two moving averages. The source of the rule is Sequoia's hardware-aware tree choice, with a constant draft cost.
@@ -122,8 +127,11 @@ class MeasuredTreeSize(_SizeLimits):
             self.chosen = sizes[-1]
             return self.chosen
         best_size, best_rate = 1, 0.0
+        seconds = partial(self._costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
+        prefill_s = seconds(1, num_prefill_rows=num_prefill_rows) - seconds(1, num_prefill_rows=0)
         for size in sizes:
-            rate = self._tokens_per_second(size, num_lanes, num_plain_lanes, num_prefill_rows)
+            num_tokens = num_lanes * (1.0 + self.correction * self._expected_drafts[size]) + num_plain_lanes
+            rate = num_tokens / max(seconds(size, num_prefill_rows=num_prefill_rows) - prefill_s, 1e-9)
             if rate > best_rate * (self.MIN_GAIN_OVER_PLAIN if best_size == 1 else self.MIN_GAIN):
                 best_size, best_rate = size, rate
         if best_size == 1:
@@ -137,8 +145,3 @@ class MeasuredTreeSize(_SizeLimits):
         weight = self.OBSERVATION_WEIGHT
         self._average_accepted += weight * (num_accepted - self._average_accepted)
         self._average_expected += weight * (self._expected_drafts[size] - self._average_expected)
-
-    def _tokens_per_second(self, size: int, num_lanes: int, num_plain_lanes: int, num_prefill_rows: int) -> float:
-        seconds = self._costs.seconds(size, num_lanes, num_plain_lanes=num_plain_lanes, num_prefill_rows=num_prefill_rows)
-        num_tokens = num_lanes * (1.0 + self.correction * self._expected_drafts[size]) + num_plain_lanes
-        return num_tokens / max(seconds, 1e-9)

@@ -4,7 +4,7 @@ import pytest
 
 from medusa_core.errors import ConfigError
 from medusa_core.scheduler.controller import FixedTreeSize, MeasuredTreeSize, tree_sizes
-from medusa_core.scheduler.costs import CostCurve, PackedCosts
+from medusa_core.scheduler.costs import CapturedCosts, CostCurve, PackedCosts
 from tests.scheduler.harness import Harness
 
 # Of the published 7B heads.
@@ -67,7 +67,22 @@ def test_the_tree_shrinks_as_lanes_fill_the_machine():
 
 def test_prefill_and_plain_rows_use_the_machine_up_too():
     assert measured(ROOFLINE).choose(1, num_prefill_rows=0) == 32
+    # Beside 31 rows of prompts each row of the tree has its price, where alone it would be free.
+    assert measured(ROOFLINE).choose(1, num_prefill_rows=31) < 32
     assert measured(ROOFLINE).choose(4, num_plain_lanes=16) < measured(ROOFLINE).choose(4)
+
+
+@pytest.mark.parametrize("num_prefill_rows", [0, 64, 512])
+def test_a_tree_does_not_look_free_beside_a_long_prefill(num_prefill_rows):
+    """Prefill launches of their own: whatever they take, a tree pays that is worth it in a step that only decodes."""
+    decode = {
+        (lanes, nodes): seconds
+        for nodes, *costs in ((1, 1.0, 1.0), (4, 1.5, 1.8))
+        for lanes, seconds in zip((8, 64), costs, strict=True)
+    }
+    controller = MeasuredTreeSize({1: 1.0, 4: 1.7}, CapturedCosts(decode, {64: 1.0, 512: 5.0}), max_step_rows=1024)
+    assert controller.choose(8, num_prefill_rows=num_prefill_rows) == 4
+    assert controller.choose(64, num_prefill_rows=num_prefill_rows) == 1
 
 
 def test_a_draft_that_costs_more_than_it_brings_is_not_made():
