@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping
-from functools import partial
+from functools import lru_cache, partial
 from typing import Protocol
 
 from medusa_core.config import NODE_BUCKETS
 from medusa_core.errors import ConfigError
 from medusa_core.scheduler.costs import StepCosts
+
+_MAX_REMEMBERED_COSTS = 4096
 
 
 class TreeSizeController(Protocol):
@@ -110,6 +112,8 @@ class MeasuredTreeSize(_SizeLimits):
         super().__init__(tuple(sorted({1, *expected_tokens})), max_step_rows=max_step_rows)
         self._expected_drafts = {size: expected_tokens[size] - 1.0 if size > 1 else 0.0 for size in self.sizes}
         self._costs = costs
+        # Asked for every size in every step, about loads that seldom change from one step to the next.
+        self._decode_seconds = lru_cache(_MAX_REMEMBERED_COSTS)(self._measured_decode_seconds)
         # Moving averages of accepted and of expected draft tokens; equal at first, and heavy enough to outweigh the first results.
         self._average_accepted = self._average_expected = self._expected_drafts[self.sizes[-1]]
 
@@ -127,11 +131,10 @@ class MeasuredTreeSize(_SizeLimits):
             self.chosen = sizes[-1]
             return self.chosen
         best_size, best_rate = 1, 0.0
-        seconds = partial(self._costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
-        prefill_s = seconds(1, num_prefill_rows=num_prefill_rows) - seconds(1, num_prefill_rows=0)
+        correction = self.correction
         for size in sizes:
-            num_tokens = num_lanes * (1.0 + self.correction * self._expected_drafts[size]) + num_plain_lanes
-            rate = num_tokens / max(seconds(size, num_prefill_rows=num_prefill_rows) - prefill_s, 1e-9)
+            num_tokens = num_lanes * (1.0 + correction * self._expected_drafts[size]) + num_plain_lanes
+            rate = num_tokens / self._decode_seconds(size, num_lanes, num_plain_lanes, num_prefill_rows)
             if rate > best_rate * (self.MIN_GAIN_OVER_PLAIN if best_size == 1 else self.MIN_GAIN):
                 best_size, best_rate = size, rate
         if best_size == 1:
@@ -145,3 +148,9 @@ class MeasuredTreeSize(_SizeLimits):
         weight = self.OBSERVATION_WEIGHT
         self._average_accepted += weight * (num_accepted - self._average_accepted)
         self._average_expected += weight * (self._expected_drafts[size] - self._average_expected)
+
+    def _measured_decode_seconds(self, size: int, num_lanes: int, num_plain_lanes: int, num_prefill_rows: int) -> float:
+        """t(n): of a step that only decodes, plain, and what the tree adds to the step there is."""
+        seconds = partial(self._costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
+        added_s = seconds(size, num_prefill_rows=num_prefill_rows) - seconds(1, num_prefill_rows=num_prefill_rows)
+        return max(seconds(1, num_prefill_rows=0) + added_s, 1e-9)
