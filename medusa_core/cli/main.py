@@ -21,11 +21,13 @@ def root(version: bool = typer.Option(False, "--version", help="Print the versio
 def make_app() -> typer.Typer:
     # Here and not above: it imports torch, which reads the environment once.
     from medusa_core.cli.bench import bench_app
+    from medusa_core.cli.calibrate import calibrate_heads
     from medusa_core.cli.generate import generate
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run language models with Medusa heads.")
     app.callback(invoke_without_command=True)(root)
     app.command()(generate)
+    app.command("calibrate")(calibrate_heads)
     app.add_typer(bench_app, name="bench")
     return app
 

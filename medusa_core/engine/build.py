@@ -14,10 +14,10 @@ from medusa_core.cache.manager import CacheManager
 from medusa_core.config import EngineConfig, ModelConfig
 from medusa_core.engine.core import MAX_STOP_TOKEN_IDS, EngineCore
 from medusa_core.engine.runners import RunnerParts, captured_costs, captured_runner, eager_costs, eager_runner, fuse, is_captured
-from medusa_core.engine.tree_choice import RankAccuracy, choose_controller, choose_topology, offered_sizes
+from medusa_core.engine.tree_choice import choose_controller, choose_tree, offered_sizes
 from medusa_core.errors import ConfigError
 from medusa_core.model.attention_hook import install_attention, probe_layer_shapes
-from medusa_core.model.calibration import find_calibration, load_calibration
+from medusa_core.model.calibration import Calibration, find_calibration, load_calibration
 from medusa_core.model.checkpoint import find_heads, load_heads
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import LoadedModel, load_model
@@ -39,10 +39,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class CalibratedHeads:
-    """Heads and, if they were measured, their accuracies by head and rank."""
+    """Heads and, if they were measured, what came of it."""
 
     heads: MedusaHeads
-    calibration: RankAccuracy | None = None
+    calibration: Calibration | None = None
 
 
 def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
@@ -69,7 +69,8 @@ def assemble_engine(
 
     num_heads = heads.heads.num_heads if heads else 0
     calibration = heads.calibration if heads else None
-    topology, tree_name = choose_topology(config.speculation, num_heads, calibration)
+    tree = choose_tree(config.speculation, num_heads, calibration)
+    topology = tree.topology
     if heads:
         _check_ranks(topology, heads.heads.draft_vocab_size or loaded.vocab_size)
     captured = is_captured(config, loaded.device)
@@ -122,13 +123,13 @@ def assemble_engine(
         runner = eager = eager_runner(parts)
         measure_costs = partial(eager_costs, parts, eager, progress=progress)
     controller = choose_controller(
-        config.speculation, topology, calibration, max_step_rows=scheduler_config.max_step_rows, measure_costs=measure_costs
+        config.speculation, tree, max_step_rows=scheduler_config.max_step_rows, measure_costs=measure_costs
     )
     cache = CacheManager(
         num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
     )
     scheduler = Scheduler(scheduler_config, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
-    info = _describe(config, loaded, topology, tree_name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
+    info = _describe(config, loaded, topology, tree.name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
     in_flight = scheduler_config.max_steps_in_flight
     return EngineCore(scheduler, runner, info, max_steps_in_flight=int(captured) if in_flight is None else in_flight)
 
@@ -148,7 +149,7 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
         return None
     heads = load_heads(source, loaded)
     calibration_path = find_calibration(source)
-    calibration = load_calibration(calibration_path).rank_accuracy if calibration_path else None
+    calibration = load_calibration(calibration_path) if calibration_path else None
     probe_heads(heads, loaded, probe_token_ids(loaded, trust_remote_code=config.trust_remote_code))
     return CalibratedHeads(heads, calibration)
 

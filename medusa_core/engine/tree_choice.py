@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from medusa_core.config import SpeculationConfig
 from medusa_core.errors import ConfigError
+from medusa_core.model.calibration import Calibration
 from medusa_core.scheduler.controller import FixedTreeSize, MeasuredTreeSize, TreeSizeController, tree_sizes
 from medusa_core.scheduler.costs import StepCosts
 from medusa_core.tree.presets import load_tree
-from medusa_core.tree.search import best_tree, expected_tokens
+from medusa_core.tree.search import best_tree, node_acceptance
 from medusa_core.tree.topology import MAX_NODES, TreeTopology
-
-RankAccuracy = tuple[tuple[float, ...], ...]
 
 # What heads without a calibration are taken for, until live acceptance corrects it: the published accuracies of the Vicuna-7B heads
 # (FasterDecoding/Medusa, assets/medusa_acc.csv), as the increments of top-1..5.
-_TYPICAL_ACCURACY: RankAccuracy = (
+_TYPICAL_ACCURACY: tuple[tuple[float, ...], ...] = (
     (0.560, 0.112, 0.055, 0.033, 0.020),
     (0.316, 0.108, 0.061, 0.043, 0.034),
     (0.201, 0.087, 0.060, 0.035, 0.034),
@@ -25,25 +25,44 @@ _TYPICAL_ACCURACY: RankAccuracy = (
     (0.118, 0.069, 0.048, 0.037, 0.028),
 )
 _DEFAULT_PRESET = "mc_sim_7b_63"
-ROOT_ONLY = TreeTopology(())
 
 
-def choose_topology(config: SpeculationConfig, num_heads: int, calibration: RankAccuracy | None) -> tuple[TreeTopology, str]:
-    """The largest tree the engine will offer, and its name for people.
+@dataclass(frozen=True, slots=True)
+class ChosenTree:
+    """The largest tree an engine offers. name: for people. node_acceptance: how often each draft node is expected to be right."""
 
-    "auto" searches the best tree for the calibrated accuracies, and takes a published preset, cut to the heads there are, where
-    nothing was calibrated. A tree named by the user must fit the heads: ConfigError otherwise.
+    topology: TreeTopology
+    name: str
+    node_acceptance: tuple[float, ...]
+
+    def expected_tokens(self, num_nodes: int) -> float:
+        """Of a step with the first `num_nodes` nodes, root included; 1 for the root alone."""
+        return 1.0 + sum(self.node_acceptance[: num_nodes - 1])
+
+
+ROOT_ONLY = ChosenTree(TreeTopology(()), "none", ())
+
+
+def choose_tree(config: SpeculationConfig, num_heads: int, calibration: Calibration | None) -> ChosenTree:
+    """The tree for these options, heads and what was measured of them.
+
+    "auto" takes the calibration's own tree, else the best one for its accuracies, and a published preset, cut to the heads there
+    are, where nothing was calibrated. A tree named by the user must fit the heads: ConfigError otherwise.
     """
     if num_heads == 0 or not config.enabled or config.tree_size == 1:
-        return ROOT_ONLY, "none"
+        return ROOT_ONLY
+    accuracy = calibration.rank_accuracy[:num_heads] if calibration else _TYPICAL_ACCURACY
     if config.tree != "auto":
-        topology = TreeTopology.from_choices(load_tree(config.tree).choices, num_heads=num_heads)
-        return topology, config.tree
-    if calibration is not None:
+        topology, name = TreeTopology.from_choices(load_tree(config.tree).choices, num_heads=num_heads), config.tree
+    elif calibration is None:
+        topology, name = load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET
+    elif calibration.tree is not None and calibration.tree.max_depth <= num_heads:
+        return ChosenTree(calibration.tree, "calibrated", calibration.node_acceptance)
+    else:
         # Measured shares of neighbouring ranks can swap places by chance, and the search needs them in order.
-        smoothed = [tuple(itertools.accumulate(accuracy, min)) for accuracy in calibration[:num_heads]]
-        return best_tree(smoothed, MAX_NODES), "calibrated"
-    return load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET
+        smoothed = [tuple(itertools.accumulate(head, min)) for head in accuracy]
+        topology, name = best_tree(smoothed, MAX_NODES), "calibrated"
+    return ChosenTree(topology, name, node_acceptance(topology, accuracy))
 
 
 def offered_sizes(config: SpeculationConfig, topology: TreeTopology) -> tuple[int, ...]:
@@ -53,8 +72,7 @@ def offered_sizes(config: SpeculationConfig, topology: TreeTopology) -> tuple[in
 
 def choose_controller(
     config: SpeculationConfig,
-    topology: TreeTopology,
-    calibration: RankAccuracy | None,
+    tree: ChosenTree,
     *,
     max_step_rows: int,
     measure_costs: Callable[[], StepCosts],
@@ -63,15 +81,14 @@ def choose_controller(
 
     measure_costs: takes seconds, so it is called only where its answer is used.
     """
-    if topology.num_nodes == 1:
+    if tree.topology.num_nodes == 1:
         return FixedTreeSize(1, max_step_rows=max_step_rows)
     if config.tree_size != "auto":
-        if config.tree_size > topology.num_nodes:
+        if config.tree_size > tree.topology.num_nodes:
             raise ConfigError(
-                f"tree_size is {config.tree_size}, but the tree has {topology.num_nodes} nodes.",
+                f"tree_size is {config.tree_size}, but the tree has {tree.topology.num_nodes} nodes.",
                 hint="Lower tree_size, or use a larger tree.",
             )
         return FixedTreeSize(config.tree_size, max_step_rows=max_step_rows)
-    accuracy = calibration or _TYPICAL_ACCURACY
-    expected = {size: expected_tokens(topology, accuracy, size) for size in tree_sizes(topology.num_nodes)}
+    expected = {size: tree.expected_tokens(size) for size in tree_sizes(tree.topology.num_nodes)}
     return MeasuredTreeSize(expected, measure_costs(), max_step_rows=max_step_rows)

@@ -2,19 +2,27 @@
 
 Format::
 
-    {"format": 1, "rank_accuracy": [[...C floats] per head], "num_tokens": 4096, "source": "what was measured, on which prompts"}
+    {"format": 1, "rank_accuracy": [[...C floats] per head], "num_tokens": 4096, "source": "what was measured, on which prompts",
+     "tree": [[0], [1], [0, 0], ...], "node_acceptance": [0.5, 0.2, 0.17, ...]}
 
 `rank_accuracy[k][r]` is the share of positions at which the (r+1)-th best guess of head k is the token that greedy decoding emits;
-the ranks of a head add up to its top-C accuracy. Trees are built from these numbers.
+the ranks of a head add up to its top-C accuracy. `tree` is the best tree for what the heads got right together, best node first,
+and `node_acceptance` how often each of its nodes is accepted; without the two, trees are built from the accuracies.
+
+`medusa calibrate` writes such a file.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from medusa_core.errors import ModelLoadError
+from medusa_core.errors import ConfigError, ModelLoadError
+from medusa_core.tree.topology import TreeTopology
 
 _FORMAT = 1
 _FOLDER_FILE = "medusa_calibration.json"
@@ -22,20 +30,44 @@ _FOLDER_FILE = "medusa_calibration.json"
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """rank_accuracy: [K][C], see the module's docstring. num_tokens: positions measured."""
+    """rank_accuracy: [K][C], see the module's docstring. num_tokens: positions measured. tree: None if there is none; else
+    node_acceptance has an entry per draft node."""
 
     rank_accuracy: tuple[tuple[float, ...], ...]
     num_tokens: int
     source: str
+    tree: TreeTopology | None = None
+    node_acceptance: tuple[float, ...] = ()
+
+
+def calibration_path(heads: Path) -> Path:
+    """Where the calibration of a heads file or folder is written: `<stem>.calibration.json` or `medusa_calibration.json`."""
+    return heads / _FOLDER_FILE if heads.is_dir() else heads.with_suffix(".calibration.json")
 
 
 def find_calibration(heads: Path) -> Path | None:
-    """The calibration beside a heads file (`<stem>.calibration.json`) or in the folder of heads (`medusa_calibration.json`)."""
+    """The calibration beside a heads file or in the folder of heads."""
     folder = heads if heads.is_dir() else heads.parent
-    candidates = [folder / _FOLDER_FILE]
-    if heads.is_file():
-        candidates.insert(0, heads.with_suffix(".calibration.json"))
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in (calibration_path(heads), folder / _FOLDER_FILE) if path.is_file()), None)
+
+
+def save_calibration(calibration: Calibration, path: Path) -> None:
+    """Write a file that `load_calibration` reads back. Raises ConfigError where that is not possible."""
+    data: dict[str, object] = {
+        "format": _FORMAT,
+        "rank_accuracy": [_rounded(head) for head in calibration.rank_accuracy],
+        "num_tokens": calibration.num_tokens,
+        "source": calibration.source,
+    }
+    if calibration.tree is not None:
+        data["tree"] = calibration.tree.choices
+        data["node_acceptance"] = _rounded(calibration.node_acceptance)
+    # a key a line
+    lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
+    try:
+        path.write_text(f"{{\n{lines}\n}}\n")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}.", hint="Name another file with --output.") from error
 
 
 def load_calibration(path: Path) -> Calibration:
@@ -43,12 +75,33 @@ def load_calibration(path: Path) -> Calibration:
     try:
         data = json.loads(path.read_text())
         ranks = tuple(tuple(float(share) for share in head) for head in data["rank_accuracy"])
-        calibration = Calibration(rank_accuracy=ranks, num_tokens=int(data["num_tokens"]), source=str(data["source"]))
+        calibration = Calibration(
+            rank_accuracy=ranks,
+            num_tokens=int(data["num_tokens"]),
+            source=str(data["source"]),
+            tree=TreeTopology.from_choices(data["tree"], num_heads=len(ranks)) if "tree" in data else None,
+            node_acceptance=tuple(float(share) for share in data["node_acceptance"]) if "tree" in data else (),
+        )
         is_known_format = data["format"] == _FORMAT
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
         raise ModelLoadError(f"{path} is no calibration file ({error!r}).", hint="Delete it, or measure again.") from error
-    is_valid = all(head and all(0.0 <= share <= 1.0 for share in head) and sum(head) <= 1.0 + 1e-6 for head in ranks)
-    if not is_known_format or not ranks or not is_valid:
-        hint = "Each head needs shares between 0 and 1 that add up to at most 1. Delete it, or measure again."
+    if not is_known_format or not _is_valid(calibration):
+        hint = (
+            "Each head needs shares between 0 and 1 that add up to at most 1, each node of the tree one that does not increase. "
+            "Delete it, or measure again."
+        )
         raise ModelLoadError(f"{path} is no calibration of format {_FORMAT}.", hint=hint)
     return calibration
+
+
+def _rounded(shares: Sequence[float]) -> list[float]:
+    """Five digits, down: a head's shares still add up to at most 1."""
+    return [math.floor(share * 1e5) / 1e5 for share in shares]
+
+
+def _is_valid(calibration: Calibration) -> bool:
+    heads, nodes = calibration.rank_accuracy, calibration.node_acceptance
+    are_heads_valid = all(head and all(0.0 <= share <= 1.0 for share in head) and sum(head) <= 1.0 + 1e-6 for head in heads)
+    num_nodes = len(calibration.tree.choices) if calibration.tree is not None else 0
+    are_nodes_valid = all(0.0 <= later <= earlier <= 1.0 for earlier, later in itertools.pairwise((1.0, *nodes)))
+    return bool(heads) and are_heads_valid and are_nodes_valid and len(nodes) == num_nodes

@@ -1,7 +1,8 @@
-"""The tree that emits most tokens per step, for measured accuracies.
+"""The tree that emits most tokens per step, for what was measured of the heads.
 
-Accuracies are marginal: `rank_accuracy[k][r]` is how often head k's (0-based) token of rank r is the right one. Taking the heads as
-independent, a node is reached with the product of the accuracies on its path, and a step emits 1 + the sum over its draft nodes.
+`best_tree` knows marginal accuracies: `rank_accuracy[k][r]` is how often head k's (0-based) token of rank r is the right one.
+Taking the heads as independent, a node is accepted with the product of the accuracies on its path. `best_observed_tree` knows what
+the heads got right together, position by position, and needs no such assumption. A step emits 1 + the sum over its draft nodes.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 from medusa_core.errors import ConfigError
 from medusa_core.tree.topology import Choice, TreeTopology
@@ -41,12 +43,54 @@ def best_tree(rank_accuracy: Sequence[Sequence[float]], num_nodes: int) -> TreeT
     return TreeTopology(tuple(choices))
 
 
-def expected_tokens(topology: TreeTopology, rank_accuracy: Sequence[Sequence[float]], num_nodes: int) -> float:
-    """Tokens a step emits on average with the first `num_nodes` nodes, root included: 1 for the root alone.
+def best_observed_tree(
+    paths: Iterable[Choice], rank_accuracy: Sequence[Sequence[float]], num_nodes: int, *, prior_weight: float = 50.0
+) -> tuple[TreeTopology, tuple[float, ...]]:
+    """The best tree of `num_nodes` nodes, root included, for observed paths: best node first, each prefix the best of its size.
 
-    Nodes without a measured accuracy (deeper heads, higher ranks) count as never right.
+    A node is accepted as often as its parent is, times how often its rank is right where its parent is. Rarely seen parents say
+    little about that, so the head's accuracy anywhere joins in, as if it had been seen at `prior_weight` positions more.
+
+    Args:
+        paths: for each position the ranks of the right tokens in the heads' lists, the first head's first, cut before the first
+            that was not in the list.
+        rank_accuracy: as for `best_tree`; ranks may be in any order here. Only ranks listed are offered.
+
+    Returns:
+        The tree, and how often each of its draft nodes is accepted.
+
+    Raises:
+        ConfigError: accuracies outside 0..1, or no path at all.
     """
-    return 1.0 + sum(_probability(choice, rank_accuracy) for choice in topology.choices[: max(num_nodes - 1, 0)])
+    _check_range(rank_accuracy)
+    num_seen = Counter(path[:length] for path in paths for length in range(len(path) + 1))
+    if not num_seen:
+        raise ConfigError("There are no positions to choose a tree for.")
+    heap: list[tuple[float, int, Choice]] = []
+
+    def offer_children(choice: Choice, probability: float) -> None:
+        if len(choice) < len(rank_accuracy):
+            num_parent = num_seen[choice] + prior_weight
+            for rank, accuracy in enumerate(rank_accuracy[len(choice)]):
+                child = (*choice, rank)
+                share = (num_seen[child] + prior_weight * accuracy) / num_parent
+                heapq.heappush(heap, (-probability * share, len(child), child))
+
+    offer_children((), 1.0)
+    choices: list[Choice] = []
+    accepted: list[float] = []
+    while heap and len(choices) < num_nodes - 1:
+        negative, _, choice = heapq.heappop(heap)
+        choices.append(choice)
+        accepted.append(-negative)
+        offer_children(choice, -negative)
+    return TreeTopology(tuple(choices)), tuple(accepted)
+
+
+def node_acceptance(topology: TreeTopology, rank_accuracy: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """How often each draft node is accepted if the heads are independent; 0 where no accuracy was measured (deeper heads, higher
+    ranks)."""
+    return tuple(_probability(choice, rank_accuracy) for choice in topology.choices)
 
 
 def _probability(choice: Choice, rank_accuracy: Sequence[Sequence[float]]) -> float:
@@ -55,9 +99,14 @@ def _probability(choice: Choice, rank_accuracy: Sequence[Sequence[float]]) -> fl
     return math.prod(accuracy[rank] if rank < len(accuracy) else 0.0 for rank, accuracy in zip(choice, rank_accuracy, strict=False))
 
 
-def _check(rank_accuracy: Sequence[Sequence[float]]) -> None:
+def _check_range(rank_accuracy: Sequence[Sequence[float]]) -> None:
     for head, accuracy in enumerate(rank_accuracy, start=1):
         if not all(0.0 <= value <= 1.0 for value in accuracy):
             raise ConfigError(f"Accuracies of head {head} must lie between 0 and 1.")
+
+
+def _check(rank_accuracy: Sequence[Sequence[float]]) -> None:
+    _check_range(rank_accuracy)
+    for head, accuracy in enumerate(rank_accuracy, start=1):
         if any(later > earlier for earlier, later in itertools.pairwise(accuracy)):
             raise ConfigError(f"Accuracies of head {head} must not increase with the rank.", hint="Sort them.")

@@ -8,27 +8,35 @@ from pathlib import Path
 import pytest
 
 from medusa_core.config import SpeculationConfig
-from medusa_core.engine.tree_choice import ROOT_ONLY, RankAccuracy, choose_controller, choose_topology
+from medusa_core.engine.tree_choice import ROOT_ONLY, ChosenTree, choose_controller, choose_tree
 from medusa_core.errors import ConfigError
+from medusa_core.model.calibration import Calibration
 from medusa_core.scheduler.controller import TreeSizeController
 from medusa_core.scheduler.costs import CostCurve, PackedCosts
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology
 
-CALIBRATION: RankAccuracy = ((0.5, 0.2, 0.1), (0.3, 0.1, 0.05))
+
+def calibrated(*accuracy: tuple[float, ...], **tree: object) -> Calibration:
+    return Calibration(rank_accuracy=accuracy, num_tokens=1000, source="a test", **tree)
 
 
-def choose(num_heads: int = 4, calibration: RankAccuracy | None = None, **options: object) -> tuple[TreeTopology, str]:
-    return choose_topology(SpeculationConfig(**options), num_heads, calibration)
+CALIBRATION = calibrated((0.5, 0.2, 0.1), (0.3, 0.1, 0.05))
+
+
+def choose(num_heads: int = 4, calibration: Calibration | None = None, **options: object) -> tuple[TreeTopology, str]:
+    tree = choose_tree(SpeculationConfig(**options), num_heads, calibration)
+    assert len(tree.node_acceptance) == tree.topology.num_nodes - 1
+    return tree.topology, tree.name
 
 
 @pytest.mark.parametrize("options", [{"enabled": False}, {"tree_size": 1}, {"tree_size": 1, "tree": "chain-2"}])
 def test_without_speculation_the_tree_is_the_root(options):
-    assert choose(calibration=CALIBRATION, **options) == (ROOT_ONLY, "none")
+    assert choose(calibration=CALIBRATION, **options) == (ROOT_ONLY.topology, "none")
 
 
 def test_without_heads_the_tree_is_the_root():
-    assert choose(num_heads=0) == (ROOT_ONLY, "none")
+    assert choose(num_heads=0) == (ROOT_ONLY.topology, "none")
 
 
 def test_without_calibration_a_published_tree_is_cut_to_the_heads():
@@ -53,9 +61,20 @@ def test_heads_that_are_not_there_are_no_part_of_the_tree():
 
 def test_a_calibration_out_of_order_is_accepted():
     """Shares of neighbouring ranks can swap by chance."""
-    topology, _ = choose(num_heads=2, calibration=((0.4, 0.02, 0.03), (0.1, 0.2, 0.0)))
+    topology, _ = choose(num_heads=2, calibration=calibrated((0.4, 0.02, 0.03), (0.1, 0.2, 0.0)))
     assert topology.choices[0] == (0,)
     assert topology.num_nodes > 3
+
+
+def test_a_calibrations_own_tree_comes_first():
+    own = TreeTopology.from_choices([(1,), (1, 2)])
+    calibration = calibrated((0.5, 0.2, 0.1), (0.3, 0.1, 0.05), tree=own, node_acceptance=(0.4, 0.25))
+    tree = choose_tree(SpeculationConfig(), 2, calibration)
+    assert tree == ChosenTree(own, "calibrated", (0.4, 0.25))
+    assert [tree.expected_tokens(num_nodes) for num_nodes in (1, 2, 3)] == [1.0, 1.4, 1.65]
+    # It is of no use where there are fewer heads, and a tree named by the user comes before it.
+    assert choose(num_heads=1, calibration=calibration)[0].max_depth == 1
+    assert choose(num_heads=2, calibration=calibration, tree="chain-2") == (load_tree("chain-2"), "chain-2")
 
 
 def test_a_named_tree_is_taken_as_it_is():
@@ -80,7 +99,7 @@ def test_an_unknown_tree_is_refused():
 
 
 def make_controller(
-    topology: TreeTopology, *, seconds_per_row: float = 0.0, calibration: RankAccuracy | None = None, **options: object
+    tree: str, *, seconds_per_row: float = 0.0, calibration: Calibration | None = None, **options: object
 ) -> tuple[TreeSizeController, list[str]]:
     """The controller, and one entry for each time costs were measured."""
     measured = []
@@ -91,35 +110,39 @@ def make_controller(
         return PackedCosts(forward=forward, draft=CostCurve(((1, 0.0),)))
 
     config = SpeculationConfig(**options)
-    return choose_controller(config, topology, calibration, max_step_rows=1024, measure_costs=measure), measured
+    chosen = choose_tree(SpeculationConfig(tree=tree), 4, calibration)
+    return choose_controller(config, chosen, max_step_rows=1024, measure_costs=measure), measured
 
 
 @pytest.mark.parametrize("tree_size", [2, 5, 8, 63, 64])
 def test_a_fixed_size(tree_size):
-    controller, measured = make_controller(load_tree("mc_sim_7b_63"), tree_size=tree_size)
+    controller, measured = make_controller("mc_sim_7b_63", tree_size=tree_size)
     assert controller.choose(1) == tree_size
     assert measured == []
 
 
 def test_a_fixed_size_shrinks_where_the_rows_do_not_fit():
-    controller, _ = make_controller(load_tree("mc_sim_7b_63"), tree_size=40)
+    controller, _ = make_controller("mc_sim_7b_63", tree_size=40)
     assert controller.choose(25) == 40
     assert controller.choose(26) == 32
 
 
 def test_a_size_larger_than_the_tree_is_refused():
     with pytest.raises(ConfigError, match="tree_size is 8, but the tree has 4 nodes"):
-        make_controller(load_tree("chain-3"), tree_size=8)
+        make_controller("chain-3", tree_size=8)
 
 
 def test_a_tree_of_the_root_alone_needs_no_measurement():
-    controller, measured = make_controller(ROOT_ONLY)
+    measured = []
+    controller = choose_controller(
+        SpeculationConfig(), ROOT_ONLY, max_step_rows=64, measure_costs=lambda: measured.append("measured")
+    )
     assert (controller.choose(1), measured) == (1, [])
 
 
-@pytest.mark.parametrize("calibration", [None, ((0.5, 0.2), (0.3, 0.1), (0.2, 0.1), (0.1, 0.1))])
+@pytest.mark.parametrize("calibration", [None, calibrated((0.5, 0.2), (0.3, 0.1), (0.2, 0.1), (0.1, 0.1))])
 def test_auto_takes_what_is_worth_its_cost(calibration):
-    topology = load_tree("mc_sim_7b_63")
+    topology = "mc_sim_7b_63"
     free, measured = make_controller(topology, calibration=calibration)
     assert measured == ["measured"]
     assert free.choose(1) >= 16

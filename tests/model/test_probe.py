@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import logging
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 
-from medusa_core.errors import ModelLoadError
-from medusa_core.model.calibration import find_calibration, load_calibration
+from medusa_core.errors import ConfigError, ModelLoadError
+from medusa_core.model.calibration import Calibration, calibration_path, find_calibration, load_calibration, save_calibration
 from medusa_core.model.demo import demo_heads_path
 from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.probe import probe_heads, probe_token_ids
+from medusa_core.tree.topology import TreeTopology
 
 NUM_TOKENS, K, E = 60, 2, 32
 
@@ -101,6 +103,9 @@ def test_calibrations_are_found_beside_a_file_and_in_a_folder(tmp_path: Path) ->
     [
         "{", "[]", "{}", _calibration(format=2), _calibration(rank_accuracy=[]), _calibration(rank_accuracy=[[]]),
         _calibration(rank_accuracy=[[1.5]]), _calibration(rank_accuracy=[[0.9, 0.9]]), _calibration(rank_accuracy=[["x"]]),
+        _calibration(tree=[[0]]), _calibration(tree=[[0]], node_acceptance=[]), _calibration(tree=[[0, 0]], node_acceptance=[0.5]),
+        _calibration(tree=[[0], [1]], node_acceptance=[0.2, 0.5]), _calibration(tree=[[0]], node_acceptance=[1.5]),
+        _calibration(tree=[[0], [0, 0], [0, 0, 0]], node_acceptance=[0.5, 0.2, 0.1]),
     ],
 )  # fmt: skip
 def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:
@@ -108,3 +113,25 @@ def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:
     path.write_text(content)
     with pytest.raises(ModelLoadError, match="calibration"):
         load_calibration(path)
+
+
+@pytest.mark.parametrize("has_tree", [False, True])
+def test_a_saved_calibration_is_read_back(tmp_path: Path, has_tree) -> None:
+    heads = tmp_path / "heads.safetensors"
+    heads.touch()
+    # thirds round up to more than 1 in all
+    accuracy = ((1 / 3, 1 / 3, 1 / 3), (2 / 3, 1 / 6, 1 / 6))
+    tree = {"tree": TreeTopology(((0,), (0, 2))), "node_acceptance": (2 / 3, 1 / 3)} if has_tree else {}
+    saved = Calibration(rank_accuracy=accuracy, num_tokens=42, source="a test", **tree)
+    save_calibration(saved, calibration_path(heads))
+    read = load_calibration(find_calibration(heads))
+    assert (read.num_tokens, read.source, read.tree) == (saved.num_tokens, saved.source, saved.tree)
+    assert list(chain(*read.rank_accuracy, read.node_acceptance)) == pytest.approx(
+        list(chain(*accuracy, saved.node_acceptance)), abs=2e-5
+    )
+
+
+def test_a_calibration_that_cannot_be_written_says_so(tmp_path: Path) -> None:
+    saved = Calibration(rank_accuracy=((0.5,),), num_tokens=1, source="a test")
+    with pytest.raises(ConfigError, match=r"calibration\.json cannot be written.*--output"):
+        save_calibration(saved, tmp_path / "none" / "a.calibration.json")

@@ -1,12 +1,13 @@
 """The tree search against brute force, and against the published accuracies of the 7B heads."""
 
 import itertools
+import random
 
 import pytest
 
 from medusa_core.errors import ConfigError
 from medusa_core.tree.presets import load_tree
-from medusa_core.tree.search import best_tree, expected_tokens
+from medusa_core.tree.search import best_observed_tree, best_tree, node_acceptance
 from medusa_core.tree.topology import TreeTopology
 
 # Accuracy by rank of the 7B heads 1-4 (top-1 .. top-5), from the cumulative figures published with the original code.
@@ -16,6 +17,10 @@ HEADS_7B = [
     [0.201, 0.087, 0.060, 0.035, 0.034],
     [0.147, 0.078, 0.049, 0.037, 0.029],
 ]
+
+
+def expected_tokens(tree, accuracy, num_nodes):
+    return 1.0 + sum(node_acceptance(tree.prefix(num_nodes), accuracy))
 
 
 def all_trees(num_draft_nodes, num_heads, num_ranks):
@@ -81,3 +86,63 @@ def test_nodes_without_a_measured_accuracy_count_nothing():
 def test_impossible_accuracies_are_refused(accuracy, message):
     with pytest.raises(ConfigError, match=message):
         best_tree(accuracy, 4)
+
+
+def emitted(tree, path):
+    """Tokens of a step at a position where the right tokens have these ranks."""
+    return 1 + sum(path[: len(choice)] == choice for choice in tree.choices)
+
+
+def drawn_paths(num_paths, seed=0):
+    """Heads that tend to be right together: where the first is, so is the second."""
+    generator = random.Random(seed)
+    paths = []
+    for _ in range(num_paths):
+        first = generator.choice((0, 0, 0, 1, 2, None))
+        if first is None:
+            paths.append(())
+            continue
+        second = generator.choice((0, 0, 1) if first == 0 else (2, None, None))
+        paths.append((first,) if second is None else (first, second))
+    return paths
+
+
+def marginals(paths, num_heads, num_ranks):
+    def share(head, rank):
+        return sum(path[head : head + 1] == (rank,) for path in paths) / len(paths)
+
+    return [[share(head, rank) for rank in range(num_ranks)] for head in range(num_heads)]
+
+
+@pytest.mark.parametrize("num_nodes", [2, 3, 4, 5])
+def test_no_tree_of_the_same_size_emits_more_on_the_observed_paths(num_nodes):
+    paths = drawn_paths(400)
+    tree, acceptance = best_observed_tree(paths, marginals(paths, 2, 3), num_nodes, prior_weight=0.0)
+    mean = sum(emitted(tree, path) for path in paths) / len(paths)
+    assert mean == pytest.approx(1.0 + sum(acceptance))
+    best = max(sum(emitted(other, path) for path in paths) for other in all_trees(num_nodes - 1, 2, 3)) / len(paths)
+    assert mean == pytest.approx(best)
+
+
+def test_observed_trees_know_what_independent_heads_would_not():
+    paths = drawn_paths(4000)
+    accuracy = marginals(paths, 2, 3)
+    observed, acceptance = best_observed_tree(paths, accuracy, 9)
+    independent = best_tree(accuracy, 9)
+    fresh = drawn_paths(4000, seed=1)
+    assert sum(emitted(observed, path) for path in fresh) > sum(emitted(independent, path) for path in fresh)
+    assert all(later <= earlier for earlier, later in itertools.pairwise(acceptance))
+    assert best_observed_tree(paths, accuracy, 4)[0] == observed.prefix(4)
+
+
+def test_a_parent_seen_once_says_little_about_its_children():
+    paths = [(0,)] * 50 + [(1, 1)] + [()] * 49
+    accuracy = [[0.5, 0.01], [0.4, 0.01]]
+    tree, acceptance = best_observed_tree(paths, accuracy, 7)
+    shares = dict(zip(tree.choices, acceptance, strict=True))
+    assert shares[1, 1] < 0.1 * shares[(1,)]
+
+
+def test_no_positions_give_no_tree():
+    with pytest.raises(ConfigError, match="no positions"):
+        best_observed_tree([], HEADS_7B, 8)

@@ -1,0 +1,136 @@
+"""`medusa calibrate`: what heads get right on texts the model writes, and the best tree for them, in a file beside the heads."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from medusa_core.bench.plots import require_matplotlib
+from medusa_core.bench.prompts import read_questions, render_questions
+from medusa_core.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    EnforceEagerOption,
+    HeadsOption,
+    MaxModelLenOption,
+    MaxTokensOption,
+    ModelOption,
+    NoPlotsOption,
+    RevisionOption,
+    TrustRemoteCodeOption,
+    VerboseOption,
+    model_config,
+)
+from medusa_core.config import NODE_BUCKETS, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
+from medusa_core.engine.build import build_engine
+from medusa_core.errors import ConfigError
+from medusa_core.model.calibration import Calibration, calibration_path, save_calibration
+from medusa_core.model.checkpoint import find_heads, load_heads
+from medusa_core.model.loader import load_model
+from medusa_core.params import SamplingParams
+from medusa_core.text.processor import TextProcessor
+from medusa_core.training.answers import Answer, answer_prompts
+from medusa_core.training.measure import Position, calibrate, tokens_per_step
+from medusa_core.training.tree_plot import plot_tree
+
+# The sizes that the report shows category by category.
+_CATEGORY_SIZES = (8, 16, 64)
+
+
+def calibrate_heads(
+    prompts: Annotated[Path, typer.Option(help="JSON lines of Spec-Bench's format, which the heads were not trained on.")],
+    num_prompts: Annotated[int | None, typer.Option(min=1, help="So many, evenly spread over the file.")] = None,
+    max_tokens: MaxTokensOption = 256,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Prompts answered at once.")] = 64,
+    output: Annotated[Path | None, typer.Option(help="File to write; beside the heads if not given.")] = None,
+    no_plots: NoPlotsOption = False,
+    model: ModelOption = None,
+    heads: HeadsOption = None,
+    revision: RevisionOption = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = "auto",
+    max_model_len: MaxModelLenOption = None,
+    enforce_eager: EnforceEagerOption = False,
+    trust_remote_code: TrustRemoteCodeOption = False,
+    verbose: VerboseOption = False,
+) -> None:
+    """Measure heads on the model's own greedy answers, and choose the tree that the server then offers."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    if heads == "none":
+        raise ConfigError("There is nothing to calibrate with --heads none.", hint="Name the heads.")
+    if model is None and heads is None and output is None:
+        raise ConfigError("The bundled heads are calibrated already.", hint="Name a file with --output to measure them again.")
+    if not no_plots:
+        require_matplotlib()
+    progress = sys.stderr.isatty()
+    config = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
+    questions = read_questions(prompts, num_prompts)
+    engine_config = EngineConfig(
+        model=config,
+        scheduler=SchedulerConfig(max_num_seqs=min(max_num_seqs, len(questions))),
+        execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
+    )
+
+    core = build_engine(engine_config, progress=progress)
+    text = TextProcessor.load(core.info.tokenizer_path, trust_remote_code=trust_remote_code)
+    rendered = [(prompt.category, prompt.token_ids) for prompt in render_questions(questions, text)]
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    answers = answer_prompts(core, rendered, params, progress=progress)
+    # The model's layers may have been replaced by fused or packed ones, and the cache takes most of the memory: load it anew.
+    del core
+    gc.collect()
+    torch.cuda.empty_cache()
+
+    what = f"{len(questions)} prompts of {prompts.name}, greedy answers of up to {max_tokens} tokens"
+    calibration, positions, heads_path = _measure(config, answers, what, progress)
+    path = output or calibration_path(heads_path)
+    save_calibration(calibration, path)
+    _report(calibration, positions)
+    print(f"\nwritten: {path}")
+    if not no_plots and calibration.tree is not None:
+        picture = path.with_suffix(".png")
+        plot_tree(calibration.tree, calibration.node_acceptance, f"{heads_path.name}: how often each node is accepted", picture)
+        print(f"written: {picture}")
+
+
+def _measure(config: ModelConfig, answers: Sequence[Answer], what: str, progress: bool) -> tuple[Calibration, list[Position], Path]:
+    """What `calibrate` returns, and where the heads are."""
+    loaded = load_model(config, progress=progress)
+    heads_path = find_heads(config, loaded, progress=progress)
+    if heads_path is None:
+        raise ConfigError(f"No heads found for {loaded.name}.", hint="Name them with --heads.")
+    heads = load_heads(heads_path, loaded)
+    vocabulary = f"draft vocabulary of {heads.draft_vocab_size:,}" if heads.draft_vocab_size else "the whole vocabulary"
+    dtype = str(loaded.dtype).removeprefix("torch.")
+    source = f"{what} by {loaded.name} in {dtype}, {vocabulary}"
+    calibration, positions = calibrate(heads, loaded, answers, source=source, progress=progress)
+    return calibration, positions, heads_path
+
+
+def _report(calibration: Calibration, positions: Sequence[Position]) -> None:
+    """Markdown tables: accuracy by head, tokens per step by nodes, and by category."""
+    num_candidates = len(calibration.rank_accuracy[0])
+    print(f"{calibration.num_tokens:,} positions: {calibration.source}\n")
+    print(f"| head | top 1 | top 3 | top {num_candidates} |\n| --- | --- | --- | --- |")
+    for number, shares in enumerate(calibration.rank_accuracy, start=1):
+        print(f"| {number} | {shares[0]:.3f} | {sum(shares[:3]):.3f} | {sum(shares):.3f} |")
+    tree = calibration.tree
+    assert tree is not None
+    sizes = [size for size in NODE_BUCKETS if size <= tree.num_nodes]
+    print("\nExpected tokens per step, by nodes of the tree (root included):\n")
+    print(f"| {' | '.join(map(str, sizes))} |\n|{' --- |' * len(sizes)}")
+    print(f"| {' | '.join(f'{1 + sum(calibration.node_acceptance[: size - 1]):.2f}' for size in sizes)} |")
+    sizes = [size for size in _CATEGORY_SIZES if size <= tree.num_nodes]
+    print("\nMeasured, by category:\n")
+    print(f"| category | positions | {' | '.join(f'{size} nodes' for size in sizes)} |\n| --- | --- |{' --- |' * len(sizes)}")
+    for category in dict.fromkeys(position.category for position in positions):
+        members = [position for position in positions if position.category == category]
+        measured = " | ".join(f"{tokens_per_step(tree.prefix(size), members):.2f}" for size in sizes)
+        print(f"| {category} | {len(members):,} | {measured} |")

@@ -1,0 +1,149 @@
+"""What is measured of heads is what the engine then does with them, step by step."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from medusa_core.engine.build import CalibratedHeads, assemble_engine, build_engine
+from medusa_core.errors import ConfigError
+from medusa_core.model.checkpoint import load_heads
+from medusa_core.model.loader import load_model
+from medusa_core.params import SamplingParams
+from medusa_core.request import EngineRequest
+from medusa_core.training.answers import Answer, answer_prompts
+from medusa_core.training.measure import calibrate, observed_ranks, tokens_per_step
+from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+
+NUM_HEADS = 3
+PROMPTS = [(f"category {n % 2}", [1, 10 + n, 40 + n, 7]) for n in range(12)]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40)
+CANDIDATES = 4
+
+
+def config(folder: Path, *, heads: str = "none", num_lanes: int = 4) -> EngineConfig:
+    return EngineConfig(
+        model=ModelConfig(model=str(folder), heads=heads, dtype="float32", device="cpu"),
+        cache=CacheConfig(num_blocks=100),
+        scheduler=SchedulerConfig(max_num_seqs=num_lanes),
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("training") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def answers(folder) -> list[Answer]:
+    return answer_prompts(build_engine(config(folder), progress=False), PROMPTS, GREEDY, progress=False)
+
+
+@pytest.fixture(scope="module")
+def heads_file(folder, answers) -> Path:
+    """Heads that are right now and then: output layers fitted to half of the answers by least squares."""
+    loaded = load_model(config(folder).model, progress=False)
+    tensors = {}
+    for head in range(NUM_HEADS):
+        hidden, target = [], []
+        for answer in answers[::2]:
+            ids = answer.prompt_token_ids + answer.output_token_ids
+            with torch.inference_mode():
+                states = loaded.base_model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+            hidden.append(states[: -2 - head])
+            target += ids[2 + head :]
+        x = torch.cat(hidden)
+        one_hot = torch.nn.functional.one_hot(torch.tensor(target), VOCAB_SIZE).float()
+        weight = torch.linalg.solve(x.T @ x + 1e-2 * torch.eye(HIDDEN_SIZE), x.T @ one_hot).T
+        tensors |= {f"{head}.0.linear.weight": torch.zeros(HIDDEN_SIZE, HIDDEN_SIZE), f"{head}.1.weight": weight.contiguous()}
+    path = folder / "heads.safetensors"
+    save_file(tensors, path)
+    return path
+
+
+def test_answers_are_complete_and_in_the_order_of_the_prompts(folder, answers):
+    assert [(answer.category, answer.prompt_token_ids) for answer in answers] == PROMPTS
+    assert all(1 <= len(answer.output_token_ids) <= 40 for answer in answers)
+    alone = answer_prompts(build_engine(config(folder, num_lanes=1), progress=False), PROMPTS[5:6], GREEDY, progress=False)
+    assert alone == answers[5:6]
+
+
+def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(folder):
+    core = build_engine(config(folder), progress=False)
+    with pytest.raises(ConfigError, match=r"Prompt 2 has 100 tokens; with 40 of output it exceeds the context of 128"):
+        answer_prompts(core, [PROMPTS[0], ("long", [5] * 100)], GREEDY, progress=False)
+    assert not core.has_work
+
+
+def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, heads_file):
+    loaded = load_model(config(folder).model, progress=False)
+    heads = load_heads(heads_file, loaded)
+    answer = answers[1]
+    ranks = observed_ranks(heads, loaded, answer, CANDIDATES)
+    assert ranks.shape == (len(answer.output_token_ids) - 1, NUM_HEADS)
+    for root in range(len(ranks)):
+        known = answer.prompt_token_ids + answer.output_token_ids[:root]  # up to the token before the root
+        with torch.inference_mode():
+            hidden = loaded.base_model(input_ids=torch.tensor([known]), use_cache=False).last_hidden_state[0, -1:]
+            lists = heads.topk(hidden, NUM_HEADS, CANDIDATES, project=loaded.project)[0].tolist()
+        followers = answer.output_token_ids[root + 1 : root + 1 + NUM_HEADS]
+        expected = [
+            guesses.index(token) if token in guesses else CANDIDATES for guesses, token in zip(lists, followers, strict=False)
+        ]
+        assert ranks[root].tolist() == expected + [CANDIDATES] * (NUM_HEADS - len(expected))
+
+
+@pytest.mark.parametrize("num_nodes", [4, 16])
+def test_the_engine_accepts_what_was_measured(folder, answers, heads_file, num_nodes):
+    """Steps of the engine with the calibrated tree, one by one: each accepts the measured path as far as the tree has it."""
+    loaded = load_model(config(folder).model, progress=False)
+    heads = load_heads(heads_file, loaded)
+    calibration, positions = calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)
+    tree = calibration.tree.prefix(num_nodes)
+    choices = set(tree.choices)
+
+    speculative = config(folder)
+    speculative = dataclasses.replace(speculative, speculation=dataclasses.replace(speculative.speculation, tree_size=num_nodes))
+    core = assemble_engine(speculative, loaded, CalibratedHeads(heads, calibration))
+    first = num_drafts = num_steps = 0
+    for answer in answers:
+        paths = [position.path for position in positions[first : first + len(answer.output_token_ids) - 1]]
+        first += len(paths)
+        core.submit(EngineRequest(request_id="one", prompt_token_ids=answer.prompt_token_ids, params=GREEDY))
+        output: list[int] = []
+        while core.has_work:
+            for delta in core.step():
+                if delta.num_draft_nodes:
+                    path = paths[len(output) - 1]
+                    accepted = next(length for length in range(len(path), -1, -1) if not length or path[:length] in choices)
+                    assert delta.num_accepted == accepted
+                    num_drafts += accepted
+                    num_steps += 1
+                output += delta.token_ids
+        assert output == answer.output_token_ids
+    assert first == len(positions) == calibration.num_tokens
+    assert num_drafts > 20, "these heads are never right, so nothing was compared"
+    assert tokens_per_step(tree, positions) > 1.0
+
+
+def test_a_calibration_is_worth_what_it_says(folder, answers, heads_file):
+    loaded = load_model(config(folder).model, progress=False)
+    calibration, positions = calibrate(load_heads(heads_file, loaded), loaded, answers, source="a test", num_candidates=CANDIDATES)
+    assert [len(shares) for shares in calibration.rank_accuracy] == [CANDIDATES] * NUM_HEADS
+    first_right = sum(position.path[:1] == (0,) for position in positions)
+    assert calibration.rank_accuracy[0][0] == pytest.approx(first_right / len(positions))
+    # Shares of rarely seen parents lean on what the heads do anywhere, so the two need not be equal.
+    assert 1 + sum(calibration.node_acceptance) == pytest.approx(tokens_per_step(calibration.tree, positions), rel=0.1)
+
+
+def test_answers_of_one_token_measure_nothing(folder, heads_file):
+    loaded = load_model(config(folder).model, progress=False)
+    heads = load_heads(heads_file, loaded)
+    short = [Answer(prompt_token_ids=[1, 2], output_token_ids=[2], category="short")]
+    with pytest.raises(ConfigError, match="nothing to measure"):
+        calibrate(heads, loaded, short, source="a test")
