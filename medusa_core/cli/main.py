@@ -23,10 +23,12 @@ def make_app() -> typer.Typer:
     from medusa_core.cli.bench import bench_app
     from medusa_core.cli.calibrate import calibrate_heads
     from medusa_core.cli.generate import generate
+    from medusa_core.cli.train import train
 
     app = typer.Typer(no_args_is_help=True, add_completion=False, help="Run language models with Medusa heads.")
     app.callback(invoke_without_command=True)(root)
     app.command()(generate)
+    app.command()(train)
     app.command("calibrate")(calibrate_heads)
     app.add_typer(bench_app, name="bench")
     return app

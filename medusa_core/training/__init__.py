@@ -1,1 +1,1 @@
-"""Heads for a model: texts that the model writes itself, and what heads get right along them."""
+"""Heads for a model: texts that it writes itself, heads that learn from them, and the tree that suits what they get right."""

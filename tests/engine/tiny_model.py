@@ -15,7 +15,7 @@ EOS_ID = 2
 NUM_HEADS = 2
 
 
-def save_tiny_model(folder: Path) -> Path:
+def save_tiny_model(folder: Path, *, max_position_embeddings: int = 128) -> Path:
     """Weights wide enough that rounding decides nothing in float32."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -25,7 +25,7 @@ def save_tiny_model(folder: Path) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=128,
+        max_position_embeddings=max_position_embeddings,
         bos_token_id=1,
         eos_token_id=EOS_ID,
         pad_token_id=0,

@@ -1,0 +1,249 @@
+"""Medusa-1: heads learn on a base model that stays as it is (arXiv:2401.10774, section 3.1).
+
+Each row of packed documents goes through the base model once, without gradients; its hidden states are what heads read, and its own
+logits what they are compared with. A run can be stopped between any two updates and goes on from its checkpoint bit for bit.
+"""
+
+# Shape suffixes: T tokens of a row · N positions with a target · K heads · E hidden · V draft vocabulary
+
+from __future__ import annotations
+
+import functools
+import math
+import time
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from medusa_core.errors import ConfigError
+from medusa_core.model.loader import LoadedModel
+from medusa_core.model.projection import Projection
+from medusa_core.training.losses import LossWeights, head_loss
+from medusa_core.training.packing import NO_TARGET, Row
+from medusa_core.training.trainable import TrainableHeads
+from medusa_core.training.vocabulary import draft_ids
+
+# Positions whose logits over the draft vocabulary are in memory at once.
+_MAX_POSITIONS = 2048
+_MAX_GRADIENT_NORM = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainingPlan:
+    """How heads are trained. An update takes `rows_per_update` rows, one after the other, whatever the memory.
+
+    learning_rate: the highest, after `warmup_share` of all updates; it then falls to 0 along a cosine.
+    ema_decay: of the moving average over updates that is exported; 0 exports the last update's heads.
+    """
+
+    num_heads: int = 4
+    num_layers: int = 1
+    epochs: int = 2
+    rows_per_update: int = 8
+    learning_rate: float = 1e-3
+    warmup_share: float = 0.05
+    ema_decay: float = 0.99
+    seed: int = 0
+    loss: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        for name in ("num_heads", "num_layers", "epochs", "rows_per_update"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not (self.learning_rate > 0.0 and 0.0 <= self.warmup_share < 1.0 and 0.0 <= self.ema_decay < 1.0):
+            raise ConfigError("learning_rate must be positive, warmup_share and ema_decay in [0, 1).")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Progress:
+    """After an update. loss: of the update's rows. num_tokens: of all rows so far, padding included. seconds: of this run."""
+
+    update: int
+    num_updates: int
+    loss: float
+    learning_rate: float
+    num_tokens: int
+    seconds: float
+
+
+class Trainer:
+    """One run over `rows`. Checks nothing of how they were made, but that a checkpoint belongs to the same ones.
+
+    token_map_V: base ids of the draft vocabulary; None drafts from the whole one.
+    """
+
+    def __init__(self, loaded: LoadedModel, rows: Sequence[Row], plan: TrainingPlan, token_map_V: Tensor | None) -> None:
+        if not rows:
+            raise ConfigError("There is nothing to learn from: no row of tokens.")
+        self.plan = plan
+        self._loaded = loaded
+        self._rows = rows
+        self._draft_ids = draft_ids(token_map_V, loaded.vocab_size)
+        self._projection: Projection = loaded.project if token_map_V is None else loaded.project.restricted_to(token_map_V)
+        self.heads = TrainableHeads(loaded.hidden_size, num_heads=plan.num_heads, num_layers=plan.num_layers).to(loaded.device)
+        average = get_ema_multi_avg_fn(plan.ema_decay)  # type: ignore[no-untyped-call]
+        self._average = AveragedModel(self.heads, multi_avg_fn=average)
+        self._optimizer = torch.optim.AdamW(self.heads.parameters(), lr=plan.learning_rate, weight_decay=0.0)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._learning_rate_factor)
+        self.num_updates_done = 0
+
+    @property
+    def num_updates(self) -> int:
+        return self._updates_per_epoch * self.plan.epochs
+
+    @property
+    def trained(self) -> TrainableHeads:
+        """What is exported: the moving average, if there is one."""
+        averaged = self._average.module
+        assert isinstance(averaged, TrainableHeads)
+        return averaged if self.plan.ema_decay > 0.0 and self.num_updates_done else self.heads
+
+    def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
+        """Updates until the end, or until `should_stop` says so between two of them."""
+        start_s = time.perf_counter()
+        for update in range(self.num_updates_done, self.num_updates):
+            if should_stop():
+                return
+            rows = self._rows_of(update)
+            loss = sum(self._learn(row, 1.0 / len(rows)) for row in rows)
+            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), _MAX_GRADIENT_NORM)
+            learning_rate = float(self._schedule.get_last_lr()[0])
+            self._optimizer.step()
+            self._schedule.step()
+            self._optimizer.zero_grad()
+            self._average.update_parameters(self.heads)
+            self.num_updates_done = update + 1
+            yield Progress(
+                update=self.num_updates_done,
+                num_updates=self.num_updates,
+                loss=loss,
+                learning_rate=learning_rate,
+                num_tokens=self.num_updates_done * self.plan.rows_per_update * len(self._rows[0].token_ids_T),
+                seconds=time.perf_counter() - start_s,
+            )
+
+    def save(self, path: Path) -> None:
+        """Everything needed to go on. The file of an earlier checkpoint is replaced as a whole."""
+        state = {
+            "fingerprint": self._fingerprint(),
+            "num_updates_done": self.num_updates_done,
+            "heads": self.heads.state_dict(),
+            "average": self._average.state_dict(),
+            "optimizer": self._optimizer.state_dict(),
+            "schedule": self._schedule.state_dict(),
+        }
+        partial = path.with_suffix(".partial")
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises ConfigError for one of another plan, model or data."""
+        state: dict[str, Any] = torch.load(path, map_location=self._loaded.device, weights_only=True)
+        if state["fingerprint"] != self._fingerprint():
+            different = sorted(name for name, value in self._fingerprint().items() if state["fingerprint"].get(name) != value)
+            raise ConfigError(
+                f"{path} was written with another {', '.join(different)}.",
+                hint="Use the same options and data to go on, or another --output to start anew.",
+            )
+        self.num_updates_done = state["num_updates_done"]
+        self.heads.load_state_dict(state["heads"])
+        self._average.load_state_dict(state["average"])
+        self._optimizer.load_state_dict(state["optimizer"])
+        self._schedule.load_state_dict(state["schedule"])
+
+    @torch.no_grad()
+    def validate(self, rows: Sequence[Row], num_candidates: int = 10) -> list[tuple[float, float]]:
+        """(top-1, top-C) accuracy of each head of `trained` on other rows; tokens outside the draft vocabulary count as missed."""
+        hits_K2 = torch.zeros(self.plan.num_heads, 2)
+        counts_K = torch.zeros(self.plan.num_heads)
+        for row in rows:
+            hidden_TE, target_TK = self._read(row)
+            for head in range(self.plan.num_heads):
+                for at_N in _parts(target_TK[:, head]):
+                    best_NC = self._logits(self.trained, hidden_TE[at_N], head).topk(num_candidates, dim=-1).indices
+                    hit_NC = best_NC == self._draft_targets(target_TK[at_N, head])[:, None]
+                    hits_K2[head] += torch.stack((hit_NC[:, 0].sum(), hit_NC.sum())).cpu()
+                    counts_K[head] += len(at_N)
+        shares_K2 = hits_K2 / counts_K.clamp(min=1)[:, None]
+        return [(top1, top10) for top1, top10 in shares_K2.tolist()]
+
+    @property
+    def _updates_per_epoch(self) -> int:
+        return math.ceil(len(self._rows) / self.plan.rows_per_update)
+
+    def _rows_of(self, update: int) -> list[Row]:
+        """The rows of an update: every epoch takes them all, in an order of its own that the seed decides."""
+        epoch, number = divmod(update, self._updates_per_epoch)
+        generator = torch.Generator().manual_seed(self.plan.seed + epoch)
+        order = torch.randperm(len(self._rows), generator=generator).tolist()
+        first = number * self.plan.rows_per_update
+        return [self._rows[index] for index in order[first : first + self.plan.rows_per_update]]
+
+    def _learn(self, row: Row, weight: float) -> float:
+        """Add `weight` times the gradients of a row's loss; returns that much of the loss."""
+        hidden_TE, target_TK = self._read(row)
+        teacher_TV = None
+        if self.plan.loss.needs_teacher:
+            with torch.no_grad():
+                teacher_TV = self._projection(hidden_TE)
+        total = 0.0
+        for head in range(self.plan.num_heads):
+            num_positions = int((target_TK[:, head] != NO_TARGET).sum())
+            for at_N in _parts(target_TK[:, head]):
+                # the base model says at t + 1 + k what the head guesses from t
+                teacher_NV = None if teacher_TV is None else teacher_TV[at_N + 1 + head]
+                logits_NV = self._logits(self.heads, hidden_TE[at_N], head)
+                loss = head_loss(logits_NV, self._draft_targets(target_TK[at_N, head]), teacher_NV, self.plan.loss)
+                loss = loss * (weight * self.plan.loss.decay**head * len(at_N) / num_positions)
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += float(loss.detach())
+        return total
+
+    @torch.no_grad()
+    def _read(self, row: Row) -> tuple[Tensor, Tensor]:
+        """Hidden states behind the final norm [T, E] and targets [T, K], on the device."""
+        device = self._loaded.device
+        output = self._loaded.base_model(
+            input_ids=row.token_ids_T[None].to(device), position_ids=row.position_ids_T[None].to(device), use_cache=False
+        )
+        return output.last_hidden_state[0], row.targets(self.plan.num_heads).to(device)
+
+    def _logits(self, heads: TrainableHeads, hidden_NE: Tensor, head: int) -> Tensor:
+        """Draft logits, float32 [N, V]. The base model's dtype is used for the products, the heads' weights are float32."""
+        is_mixed = hidden_NE.dtype != torch.float32
+        with torch.autocast(hidden_NE.device.type, dtype=hidden_NE.dtype, enabled=is_mixed):
+            x_NE: Tensor = heads(hidden_NE, head)
+        logits_NV: Tensor = self._projection(x_NE.to(hidden_NE.dtype))
+        return logits_NV
+
+    def _draft_targets(self, target_N: Tensor) -> Tensor:
+        return self._draft_ids[target_N.cpu()].to(target_N.device)
+
+    def _learning_rate_factor(self, update: int) -> float:
+        num_warmup = int(self.plan.warmup_share * self.num_updates)
+        if update < num_warmup:
+            return (update + 1) / num_warmup
+        return 0.5 * (1.0 + math.cos(math.pi * (update - num_warmup) / max(self.num_updates - num_warmup, 1)))
+
+    def _fingerprint(self) -> dict[str, Any]:
+        """What a checkpoint must agree on."""
+        checksum = functools.reduce(lambda value, row: zlib.crc32(row.token_ids_T.numpy().tobytes(), value), self._rows, 0)
+        return {
+            "plan": asdict(self.plan),
+            "model": f"{self._loaded.name}, {self._loaded.dtype}",
+            "data": f"{len(self._rows)} rows, CRC-32 {checksum:08x}",
+            "draft vocabulary": f"{int((self._draft_ids != NO_TARGET).sum())} tokens",
+        }
+
+
+def _parts(target_T: Tensor) -> Iterator[Tensor]:
+    """Positions that have a target, int64, so many at a time as memory is planned for."""
+    positions = torch.nonzero(target_T != NO_TARGET).flatten()
+    if len(positions):
+        yield from torch.split(positions, _MAX_POSITIONS)

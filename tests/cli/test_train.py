@@ -1,0 +1,128 @@
+"""`medusa train` as people run it, on a tiny model: stopped and run again, with data and without, and what it writes is served."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import sys
+
+import pytest
+from safetensors import safe_open
+
+from medusa_core.cli import train as train_command
+from medusa_core.cli.main import main
+from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from medusa_core.engine.build import build_engine
+from tests.engine.tiny_model import save_tiny_model
+from tests.training.test_samples import TEMPLATE
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Options that name a tiny model with a chat template."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("train") / "tiny", max_position_embeddings=512)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return ["--model", str(folder), "--dtype", "float32", "--device", "cpu"]
+
+
+@pytest.fixture
+def data(tmp_path):
+    path = tmp_path / "data.jsonl"
+    lines = [
+        {"messages": [{"role": "user", "content": f"q{n}"}, {"role": "assistant", "content": f"answer {n}"}]} for n in range(60)
+    ]
+    path.write_text("\n".join(map(json.dumps, [*lines, {"text": "a text " * 30}])))
+    return path
+
+
+@pytest.fixture
+def train(monkeypatch, capsys):
+    """Run `medusa train` with these arguments: exit code, stdout, stderr."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["medusa", "train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_info:
+            main()
+        out, err = capsys.readouterr()
+        return int(exit_info.value.code or 0), out, err
+
+    return run
+
+
+FAST = ["--epochs", "2", "--row-len", "64", "--rows-per-update", "4", "--num-heads", "3", "--draft-vocab-size", "64"]
+
+
+def test_heads_are_trained_logged_and_served(train, tiny, data, tmp_path):
+    output = tmp_path / "out"
+    code, out, err = train("--data", data, "--output", output, *FAST, *tiny)
+    assert code == 0, err
+    assert "| 3 |" in out
+    heads = output / "medusa_lm_head.safetensors"
+    with safe_open(heads, framework="pt") as file:
+        assert set(file.keys()) == {f"{k}.0.linear.{name}" for k in range(3) for name in ("weight", "bias")} | {"token_map"}
+        assert file.metadata() == {"base_model": "tiny"}
+    with (output / "training.csv").open(newline="") as file:
+        updates = [int(row["update"]) for row in csv.DictReader(file)]
+    assert updates == list(range(1, len(updates) + 1))
+    assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
+
+    model = ModelConfig(model=tiny[1], heads=str(output), dtype="float32", device="cpu")
+    core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
+    assert core.info.num_heads == 3
+
+
+def test_a_stopped_run_goes_on_with_the_same_command(train, tiny, data, tmp_path, monkeypatch):
+    arguments = ["--data", data, *FAST, "--no-plots", *tiny]
+    whole, pieces = tmp_path / "whole", tmp_path / "pieces"
+    assert train("--output", whole, *arguments)[0] == 0
+    calls = iter(range(100))
+    monkeypatch.setattr(train_command, "_deadline", lambda minutes: lambda: minutes is not None and next(calls) >= 3)
+    code, out, _ = train("--output", pieces, "--max-minutes", "1", *arguments)
+    assert code == 0
+    assert "stopped before the end" in out
+    code, out, _ = train("--output", pieces, *arguments)
+    assert code == 0
+    assert "stopped before the end" not in out
+    name = "medusa_lm_head.safetensors"
+    assert (pieces / name).read_bytes() == (whole / name).read_bytes()
+
+    def losses(folder):
+        with (folder / "training.csv").open(newline="") as file:
+            return [row["loss"] for row in csv.DictReader(file)]
+
+    assert losses(pieces) == losses(whole)
+
+
+def test_without_data_the_model_writes_its_own(train, tiny, tmp_path):
+    output = tmp_path / "out"
+    arguments = ["--output", output, "--num-tokens", "200", "--max-num-seqs", "32", *FAST, "--no-plots", *tiny]
+    code, out, _ = train(*arguments, "--max-minutes", "0")
+    assert code == 0
+    assert "stopped while conversations were written" in out
+    code, out, err = train(*arguments)
+    assert code == 0, err
+    assert list((output / "conversations").glob("round-*.jsonl"))
+    assert (output / "medusa_lm_head.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--cross-entropy", "0", "--distillation", "0"], "one must be positive"),
+        (["--ema-decay", "1"], r"ema_decay in \[0, 1\)"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(train, tiny, tmp_path, arguments, message):
+    code, _, err = train("--output", tmp_path / "out", *arguments, *FAST, "--no-plots", *tiny)
+    assert code == 2
+    assert re.search(message, err)
+
+
+def test_going_on_with_other_options_is_refused(train, tiny, data, tmp_path):
+    arguments = ["--data", data, "--output", tmp_path / "out", *FAST, "--no-plots", *tiny]
+    assert train(*arguments)[0] == 0
+    code, _, err = train(*arguments, "--learning-rate", "0.1")
+    assert code == 2
+    assert re.search(r"another plan.*another --output to start anew", err)

@@ -1,0 +1,192 @@
+"""Training on a tiny model: heads learn, the base model does not change, and a stopped run goes on bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from medusa_core.engine.build import build_engine
+from medusa_core.errors import ConfigError
+from medusa_core.model.checkpoint import load_heads
+from medusa_core.model.loader import load_model
+from medusa_core.params import SamplingParams
+from medusa_core.training.answers import answer_prompts
+from medusa_core.training.losses import LossWeights, head_loss
+from medusa_core.training.measure import observed_ranks
+from medusa_core.training.packing import pack_samples
+from medusa_core.training.samples import answer_sample
+from medusa_core.training.trainable import TrainableHeads, export_heads
+from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.vocabulary import choose_draft_vocabulary
+from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+
+PLAN = TrainingPlan(num_heads=2, epochs=3, rows_per_update=2, learning_rate=0.02, ema_decay=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("trainer") / "tiny")
+
+
+@pytest.fixture
+def loaded(folder):
+    return load_model(ModelConfig(model=str(folder), dtype="float32", device="cpu"), progress=False)
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    model = ModelConfig(model=str(folder), heads="none", dtype="float32", device="cpu")
+    core = build_engine(
+        EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=8)), progress=False
+    )
+    prompts = [("any", [1, 10 + n, 40 + n % 5]) for n in range(24)]
+    return answer_prompts(core, prompts, SamplingParams(temperature=0.0, max_tokens=40), progress=False)
+
+
+@pytest.fixture(scope="module")
+def rows(answers):
+    return pack_samples([answer_sample(answer) for answer in answers], 64)[0]
+
+
+def finished(loaded, rows, plan=PLAN, token_map=None):
+    trainer = Trainer(loaded, rows, plan, token_map)
+    steps = list(trainer.run())
+    assert [step.update for step in steps] == list(range(1, trainer.num_updates + 1))
+    return trainer, steps
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        LossWeights(cross_entropy=1.0, distillation=0.0),
+        LossWeights(cross_entropy=0.0, distillation=1.0),
+        LossWeights(cross_entropy=0.3, distillation=0.3, total_variation=0.4),
+    ],
+    ids=["text", "distilled", "mixed"],
+)
+@pytest.mark.parametrize("num_layers", [1, 2])
+def test_heads_learn_and_the_base_model_stays_as_it_is(loaded, rows, loss, num_layers):
+    # surer of what it says, greedily the same: the model's distribution then points to the text's tokens
+    loaded.project.linear.weight.mul_(5.0)
+    before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    plan = dataclasses.replace(PLAN, epochs=30, loss=loss, num_layers=num_layers)
+    untrained = Trainer(loaded, rows, plan, None).validate(rows)
+    trainer, steps = finished(loaded, rows, plan)
+    assert steps[-1].loss < 0.9 * steps[0].loss
+    for (_, top10), (_, untrained_top10) in zip(trainer.validate(rows), untrained, strict=True):
+        assert top10 > 1.2 * untrained_top10
+    after = loaded.model.state_dict()
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize("stop", [1, 4])
+def test_a_stopped_run_goes_on_bit_for_bit(loaded, rows, tmp_path, stop):
+    whole, steps = finished(loaded, rows)
+    assert stop < len(steps)
+    first = Trainer(loaded, rows, PLAN, None)
+    updates = iter(range(stop, -1, -1))
+    head = list(first.run(lambda: next(updates) == 0))
+    first.save(tmp_path / "checkpoint.pt")
+    second = Trainer(loaded, rows, PLAN, None)
+    second.load(tmp_path / "checkpoint.pt")
+    tail = list(second.run())
+    assert [step.loss for step in (*head, *tail)] == [step.loss for step in steps]
+    for name in ("heads", "trained"):
+        expected = getattr(whole, name).state_dict()
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in getattr(second, name).state_dict().items())
+
+
+def test_a_checkpoint_of_another_run_is_refused(loaded, rows, tmp_path):
+    path = tmp_path / "checkpoint.pt"
+    Trainer(loaded, rows, PLAN, None).save(path)
+    with pytest.raises(ConfigError, match=r"another plan.*--output"):
+        Trainer(loaded, rows, dataclasses.replace(PLAN, seed=1), None).load(path)
+    with pytest.raises(ConfigError, match="another data"):
+        Trainer(loaded, rows[:-1], PLAN, None).load(path)
+
+
+def test_what_is_exported_is_the_average_of_the_updates(loaded, rows):
+    smooth, _ = finished(loaded, rows)
+    last, _ = finished(loaded, rows, dataclasses.replace(PLAN, ema_decay=0.0))
+    assert all(torch.equal(a, b) for a, b in zip(smooth.heads.parameters(), last.trained.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(smooth.trained.parameters(), last.trained.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("draft_vocab_size", [64, VOCAB_SIZE])
+def test_exported_heads_guess_what_the_trained_ones_do(loaded, rows, answers, tmp_path, draft_vocab_size):
+    token_map = choose_draft_vocabulary(rows, VOCAB_SIZE, draft_vocab_size)
+    trainer, _ = finished(loaded, rows, token_map=token_map)
+    path = tmp_path / "medusa_lm_head.safetensors"
+    export_heads(trainer.trained, path, token_map_V=token_map, dtype=torch.float32, metadata={"base_model": "tiny"})
+    heads = load_heads(tmp_path, loaded)
+    assert (heads.num_heads, heads.num_layers) == (2, 1)
+    with torch.inference_mode():
+        hidden = loaded.base_model(input_ids=rows[0].token_ids_T[None], use_cache=False).last_hidden_state[0]
+        drafted = heads.topk(hidden, 2, 5, project=loaded.project)
+        projection = loaded.project if token_map is None else loaded.project.restricted_to(token_map)
+        for head in range(2):
+            draft_ids = projection(trainer.trained(hidden, head)).topk(5, dim=-1).indices
+            assert torch.equal(drafted[:, head], draft_ids if token_map is None else token_map[draft_ids])
+
+
+def test_accuracy_on_rows_is_that_of_the_engines_heads_along_the_answers(loaded, rows, answers, tmp_path):
+    trainer, _ = finished(loaded, rows)
+    export_heads(trainer.trained, tmp_path / "medusa_lm_head.safetensors", token_map_V=None, dtype=torch.float32, metadata={})
+    heads = load_heads(tmp_path, loaded, draft_vocab_size=None)
+    ranks = [observed_ranks(heads, loaded, answer, 10) for answer in answers]
+    for head, (top1, top10) in enumerate(trainer.validate(rows)):
+        # where a head has a token to guess at all: the trainer asks head 2 for the first root's successor too, which is no draft
+        exist = torch.cat([rank[: len(rank) - head, head] for rank in ranks])
+        num_more = len(answers) * (1 + head) / (len(exist) + len(answers) * (1 + head))
+        assert float((exist == 0).float().mean()) == pytest.approx(top1, abs=num_more)
+        assert float((exist < 10).float().mean()) == pytest.approx(top10, abs=num_more)
+
+
+def test_a_new_head_is_the_identity():
+    hidden = torch.randn(5, HIDDEN_SIZE)
+    heads = TrainableHeads(HIDDEN_SIZE, num_heads=2, num_layers=3)
+    assert torch.equal(heads(hidden, 1), hidden)
+
+
+def test_the_terms_of_the_loss():
+    logits, teacher = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]]), torch.tensor([[1.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    target = torch.tensor([1, -100])
+    q, p = torch.softmax(logits, -1), torch.softmax(teacher, -1)
+    expected = {
+        "cross_entropy": -math.log(q[0, 1]) / 2,
+        "distillation": -float((p * q.log()).sum()) / 2,
+        # of the sum of what both agree on, the rest is rejected
+        "total_variation": 1.0 - float(torch.minimum(p, q).sum()) / 2,
+    }
+    none = dict.fromkeys(expected, 0.0)
+    for name, value in expected.items():
+        assert float(head_loss(logits, target, teacher, LossWeights(**{**none, name: 1.0}))) == pytest.approx(value, rel=1e-5)
+    both = LossWeights(cross_entropy=0.5, distillation=2.0, total_variation=0.0)
+    total = 0.5 * expected["cross_entropy"] + 2.0 * expected["distillation"]
+    assert float(head_loss(logits, target, teacher, both)) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda: LossWeights(cross_entropy=0.0, distillation=0.0),
+        lambda: LossWeights(cross_entropy=-1.0),
+        lambda: LossWeights(decay=0.0),
+        lambda: TrainingPlan(epochs=0),
+        lambda: TrainingPlan(learning_rate=0.0),
+        lambda: TrainingPlan(ema_decay=1.0),
+    ],
+)
+def test_plans_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(ConfigError):
+        wrong()
+
+
+def test_no_data_is_refused(loaded):
+    with pytest.raises(ConfigError, match="nothing to learn from"):
+        Trainer(loaded, [], PLAN, None)
