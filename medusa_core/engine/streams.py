@@ -16,23 +16,40 @@ Send = Callable[[Command], None]
 
 
 class _Inbox:
-    """What has arrived for one reader. It takes everything at once, so however far it falls behind, it is woken once."""
+    """What has arrived for one reader. It takes everything at once, so however far it falls behind, it is woken once.
 
-    __slots__ = ("_has_items", "_items")
+    What comes behind an error is dropped: it belongs to requests that end with it.
+    """
+
+    __slots__ = ("_deltas", "_error", "_waiter")
 
     def __init__(self) -> None:
-        self._items: list[TokenDelta | MedusaError] = []
-        self._has_items = asyncio.Event()
+        self._deltas: list[TokenDelta] = []
+        self._error: MedusaError | None = None
+        # Of the one reader, while it waits; an asyncio.Event keeps a queue of them, which takes twice as long.
+        self._waiter: asyncio.Future[None] | None = None
 
-    def put(self, item: TokenDelta | MedusaError) -> None:
-        self._items.append(item)
-        self._has_items.set()
+    def put(self, delta: TokenDelta) -> None:
+        if self._error is None:
+            self._deltas.append(delta)
+            self._wake()
 
-    async def take(self) -> list[TokenDelta | MedusaError]:
-        await self._has_items.wait()
-        self._has_items.clear()
-        items, self._items = self._items, []
-        return items
+    def put_error(self, error: MedusaError) -> None:
+        if self._error is None:
+            self._error = error
+            self._wake()
+
+    async def take(self) -> tuple[list[TokenDelta], MedusaError | None]:
+        """The deltas before the first error, and that error."""
+        if not self._deltas and self._error is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
+        deltas, self._deltas = self._deltas, []
+        return deltas, self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
 
 class _Stream:
@@ -85,8 +102,10 @@ class Streams:
                 streams[request.request_id] = self._open(request, inbox)
             num_open = sum(request.params.n for request in requests)
             while num_open:
-                deltas, error = _until_error(await inbox.take())
-                num_open -= sum(delta.finish_reason is not None for delta in deltas)
+                deltas, error = await inbox.take()
+                for delta in deltas:
+                    if delta.finish_reason is not None:
+                        num_open -= 1
                 if deltas:
                     yield deltas
                 if error is not None:
@@ -113,7 +132,7 @@ class Streams:
             case Rejected():
                 stream = self._streams.pop(event.request_id, None)
                 if stream is not None:
-                    stream.inbox.put(event.error.rebuild())
+                    stream.inbox.put_error(event.error.rebuild())
             case Failed():
                 self._fail_all(event.error.rebuild())
 
@@ -141,15 +160,5 @@ class Streams:
 
     def _fail_all(self, error: MedusaError) -> None:
         for stream in self._streams.values():
-            stream.inbox.put(copy.copy(error))  # one each: a raised exception collects its raiser's traceback
+            stream.inbox.put_error(copy.copy(error))  # one each: a raised exception collects its raiser's traceback
         self._streams.clear()
-
-
-def _until_error(items: list[TokenDelta | MedusaError]) -> tuple[list[TokenDelta], MedusaError | None]:
-    """The deltas before the first error, and that error. What comes behind it belongs to requests that end with it."""
-    deltas: list[TokenDelta] = []
-    for item in items:
-        if isinstance(item, MedusaError):
-            return deltas, item
-        deltas.append(item)
-    return deltas, None
