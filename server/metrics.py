@@ -8,10 +8,14 @@ is a plain step, and acceptance length is the number of tokens kept of a step th
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from medusa_core.outputs import EngineStats, TokenDelta
 
@@ -71,6 +75,39 @@ class TokenRate:
             self._seconds.popleft()
 
 
+class TokenHistogram(Collector):
+    """A histogram of what happens for every token. One of the library's costs a lock or two and ten times as much to observe.
+
+    empty: one of the library's, not registered, with the same `buckets` and nothing observed. Names and labels are taken from it.
+    """
+
+    def __init__(self, empty: Histogram, buckets: tuple[float, ...], registry: CollectorRegistry) -> None:
+        self._empty = empty
+        self._buckets = buckets
+        # one more: above the last bound
+        self._counts = [0] * (len(buckets) + 1)
+        self._sum = 0.0
+        registry.register(self)
+
+    def observe(self, value: float, *, times: int = 1) -> None:
+        # A bound belongs to the bucket below it.
+        self._counts[bisect_left(self._buckets, value)] += times
+        self._sum += value * times
+
+    def collect(self) -> Iterable[Metric]:
+        """The library's samples, in its order, with our counts."""
+        for family in self._empty.collect():
+            up_to_bound = accumulate(self._counts)
+            values = {"_count": sum(self._counts), "_sum": self._sum}
+            for idx, sample in enumerate(family.samples):
+                suffix = sample.name.removeprefix(family.name)
+                if suffix == "_bucket":
+                    family.samples[idx] = sample._replace(value=next(up_to_bound))
+                elif suffix in values:
+                    family.samples[idx] = sample._replace(value=values[suffix])
+            yield family
+
+
 class EngineMetrics:
     """What requests and the engine do, labelled with the model's served name. Created once the model is known.
 
@@ -98,12 +135,17 @@ class EngineMetrics:
         histogram = Histogram(f"medusa_{name}", help_text, ("model_name",), registry=self._registry, buckets=buckets)
         return histogram.labels(self._model_name)
 
+    def _token_histogram(self, name: str, help_text: str, buckets: tuple[float, ...]) -> TokenHistogram:
+        empty = Histogram(f"medusa_{name}", help_text, ("model_name",), registry=None, buckets=buckets)
+        empty.labels(self._model_name)
+        return TokenHistogram(empty, buckets, self._registry)
+
     def _create_request_metrics(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got a first token.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens emitted, after trimming at stop strings.")
         self._discarded_tokens = self._counter("discarded_tokens", "Tokens the engine emitted past a stop string.")
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token, per choice.", TTFT_BUCKETS)
-        self._itl = self._histogram(
+        self._itl = self._token_histogram(
             "inter_token_latency_seconds",
             "Time between arrivals of tokens over the tokens that arrived together, observed once per token.",
             ITL_BUCKETS,
@@ -120,7 +162,7 @@ class EngineMetrics:
             self._finished.labels(self._model_name, reason)
 
     def _create_speculation_metrics(self, max_depth: int) -> None:
-        self._acceptance_length = self._histogram(
+        self._acceptance_length = self._token_histogram(
             "acceptance_length",
             "Tokens kept of a verification step with draft nodes, bonus included.",
             tuple(float(length) for length in range(1, max_depth + 2)),
@@ -170,8 +212,8 @@ class EngineMetrics:
 
     def observe_interval(self, interval_s: float, *, num_tokens: int) -> None:
         """`num_tokens` kept tokens of a choice arrived together, `interval_s` after those before them."""
-        for _ in range(num_tokens):
-            self._itl.observe(interval_s / num_tokens)
+        if num_tokens:
+            self._itl.observe(interval_s / num_tokens, times=num_tokens)
 
     def _observe_draft(self, delta: TokenDelta, num_kept: int) -> None:
         num_accepted = min(delta.num_accepted, num_kept)

@@ -6,11 +6,11 @@ import asyncio
 import re
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from medusa_core.outputs import EngineStats
-from server.metrics import EngineMetrics, TokenRate
+from server.metrics import EngineMetrics, TokenHistogram, TokenRate
 from tests.server.fakes import FakeClient
 
 RELIED_ON = [
@@ -176,3 +176,19 @@ async def test_two_apps_in_a_process_count_apart(make_http):
     await run_requests(first)
     assert (await scrape(first))["medusa_generation_tokens_total"] > 0
     assert (await scrape(second))["medusa_generation_tokens_total"] == 0
+
+
+def test_a_token_histogram_says_what_the_librarys_own_would():
+    buckets = (0.125, 0.5, 2.0)
+    registries = [CollectorRegistry(), CollectorRegistry()]
+    theirs = Histogram("h", "Help.", ("label",), registry=registries[0], buckets=buckets).labels("x")
+    empty = Histogram("h", "Help.", ("label",), registry=None, buckets=buckets)
+    empty.labels("x")
+    ours = TokenHistogram(empty, buckets, registries[1])
+    # On a bound, between bounds and beyond them; twice, as a scrape must not change what the next one says.
+    for value, times in [(0.25, 3), (0.125, 1), (0.0625, 2), (0.5, 4), (2.0, 1), (1024.0, 2)]:
+        ours.observe(value, times=times)
+        for _ in range(times):
+            theirs.observe(value)
+        pages = [re.sub(r"(h_created.* ).*", r"\1", generate_latest(registry).decode()) for registry in registries]
+        assert pages[0] == pages[1]
