@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator, Iterable
 from contextlib import aclosing, suppress
+from typing import TypeAlias
 
 import msgspec
 from starlette.responses import Response
@@ -19,6 +20,9 @@ from server.protocol.common import encode
 from server.replies import Reply
 
 logger = logging.getLogger(__name__)
+
+# One or more frames that are ready at the same time, and whether they are the last.
+Pieces: TypeAlias = AsyncGenerator[tuple[bytes, bool], None]
 
 DONE = b"data: [DONE]\n\n"
 # A line that starts with a colon is a comment.
@@ -35,46 +39,50 @@ def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-async def frames(
-    reply: Reply, generation: Generation, first: list[ChoiceUpdate], updates: Updates, *, has_usage: bool
-) -> AsyncGenerator[bytes, None]:
-    """The whole stream, in pieces of one or more frames that are ready at the same time.
-
-    The answer's status is sent already, so an error becomes a frame, then `[DONE]`.
-    """
+async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate], updates: Updates, *, has_usage: bool) -> Pieces:
+    """The whole stream. The answer's status is sent already, so an error becomes a frame, then `[DONE]`."""
+    piece = b""
     try:
-        yield _join(reply.opening(generation.num_choices)) + _of(reply, first)
+        piece = _join(reply.opening(generation.num_choices)) + _of(reply, first)
+        if generation.is_open:
+            yield piece, False
+            piece = b""
         async for batch in updates:
-            yield _of(reply, batch)
+            piece += _of(reply, batch)
+            # Behind the end of the text nothing is waited for, so all that is left goes with it: a write of its own costs as much
+            # as the rest of what a frame takes.
+            if generation.is_open:
+                yield piece, False
+                piece = b""
         if has_usage:
-            yield frame(encode(reply.usage_chunk(generation.usage)))
+            piece += frame(encode(reply.usage_chunk(generation.usage)))
     except MedusaError as error:
-        yield frame(error_body(error))
+        piece += frame(error_body(error))
     # The last handler of a stream: nothing outside it could still tell the client.
     except Exception:
         logger.exception("A stream failed.")
-        yield frame(internal_error_body())
-    yield DONE
+        piece += frame(internal_error_body())
+    yield piece + DONE, True
 
 
 def _of(reply: Reply, updates: list[ChoiceUpdate]) -> bytes:
-    return b"".join(_join(reply.chunks(update)) for update in updates)
+    return b"".join([frame(encode(chunk)) for update in updates for chunk in reply.chunks(update)])
 
 
 def _join(chunks: Iterable[msgspec.Struct]) -> bytes:
-    return b"".join(frame(encode(chunk)) for chunk in chunks)
+    return b"".join([frame(encode(chunk)) for chunk in chunks])
 
 
 class TokenStream(Response):
     """An event stream that closes `updates`, and with them the engine's work, however the response ends.
 
-    content: pieces of whole frames. ping_s: seconds between comment lines that keep proxies from closing an idle connection; 0
+    ping_s: seconds between comment lines that keep proxies from closing an idle connection; 0
     sends none.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, content: AsyncGenerator[bytes, None], updates: Updates, *, ping_s: float) -> None:
+    def __init__(self, content: Pieces, updates: Updates, *, ping_s: float) -> None:
         # Not the base class's constructor, which declares the length of a body.
         self.status_code = 200
         self.background = None
@@ -93,12 +101,14 @@ class TokenStream(Response):
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         pings = asyncio.create_task(_send_pings(send, self._ping_s)) if self._ping_s > 0 else None
         try:
-            async for piece in self._content:
-                await send({"type": "http.response.body", "body": piece, "more_body": True})
+            async for piece, is_last in self._content:
+                # Pings end before the body does.
+                if is_last and pings is not None:
+                    pings.cancel()
+                await send({"type": "http.response.body", "body": piece, "more_body": not is_last})
         finally:
             if pings is not None:
                 pings.cancel()
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 async def _send_pings(send: Send, ping_s: float) -> None:
