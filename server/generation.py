@@ -100,7 +100,8 @@ class Generation:
                         yield updates
                     if self._was_ended_by_engine:
                         raise EngineError("The engine ended the request before it was complete.", hint="Try again.")
-                    if self._is_done_early():
+                    # All text is there but the engine still runs, past a stop string: leaving the loop aborts it.
+                    if not self.is_open and any(choice.is_running for choice in self._choices.values()):
                         return
         except (RequestError, CapacityError):
             reason = None
@@ -110,10 +111,6 @@ class Generation:
             raise
         finally:
             self._count_unfinished(reason)
-
-    def _is_done_early(self) -> bool:
-        """All text is there but the engine still runs, past a stop string: leaving the loop aborts it."""
-        return self._num_open == 0 and any(choice.is_running for choice in self._choices.values())
 
     def _take(self, batch: list[TokenDelta]) -> list[ChoiceUpdate]:
         """Take deltas in. Those of one choice make one update, or none when there is nothing to tell the client."""

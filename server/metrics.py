@@ -200,7 +200,8 @@ class EngineMetrics:
 
     def observe_delta(self, delta: TokenDelta, *, num_kept: int) -> None:
         """Count one delta of one choice, of which `num_kept` tokens survived trimming."""
-        self.observe_discarded(len(delta.token_ids) - num_kept)
+        if num_kept < len(delta.token_ids):
+            self.observe_discarded(len(delta.token_ids) - num_kept)
         if num_kept == 0:
             return
         self._counts[self._generation_tokens] += num_kept

@@ -88,10 +88,12 @@ class ChatReply:
             yield self._chunk([ChatChunkChoice(index, ChatDelta(role="assistant", content=""))], self._no_usage)
 
     def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]:
+        chunks = []
         if update.text:
-            yield self._chunk([ChatChunkChoice(update.index, ChatDelta(content=update.text))], self._no_usage)
+            chunks.append(self._chunk([ChatChunkChoice(update.index, ChatDelta(content=update.text))], self._no_usage))
         if update.finish_reason is not None:
-            yield self._chunk([ChatChunkChoice(update.index, ChatDelta(), update.finish_reason)], self._no_usage)
+            chunks.append(self._chunk([ChatChunkChoice(update.index, ChatDelta(), update.finish_reason)], self._no_usage))
+        return chunks
 
     def usage_chunk(self, usage: Usage) -> msgspec.Struct:
         return self._chunk([], usage)
