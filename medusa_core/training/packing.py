@@ -49,7 +49,8 @@ class Row:
 
 
 def pack_samples(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], int]:
-    """Rows in the order of the samples, and how many tokens of samples longer than a row were cut off."""
+    """Rows in the order of the samples, and how many tokens of samples longer than a row were cut off. A sample of which nothing is
+    left to be learned is left out."""
     rows: list[Row] = []
     open_samples: list[Sample] = []
     num_open = num_cut = 0
@@ -57,6 +58,8 @@ def pack_samples(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], in
         if len(sample.token_ids) > row_len:
             num_cut += len(sample.token_ids) - row_len
             sample = Sample(token_ids=sample.token_ids[:row_len], learned=sample.learned[:row_len])
+        if not any(sample.learned):
+            continue
         if num_open + len(sample.token_ids) > row_len:
             rows.append(_row(open_samples, row_len))
             open_samples, num_open = [], 0

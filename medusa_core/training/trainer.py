@@ -110,8 +110,7 @@ class Trainer:
         for update in range(self.num_updates_done, self.num_updates):
             if should_stop():
                 return
-            rows = self._rows_of(update)
-            loss = sum(self._learn(row, 1.0 / len(rows)) for row in rows)
+            loss = self._learn(self._rows_of(update))
             torch.nn.utils.clip_grad_norm_(self.heads.parameters(), _MAX_GRADIENT_NORM)
             learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
@@ -185,8 +184,14 @@ class Trainer:
         first = number * self.plan.rows_per_update
         return [self._rows[index] for index in order[first : first + self.plan.rows_per_update]]
 
-    def _learn(self, row: Row, weight: float) -> float:
-        """Add `weight` times the gradients of a row's loss; returns that much of the loss."""
+    def _learn(self, rows: Sequence[Row]) -> float:
+        """Add the gradients of an update, in which every position counts the same, whichever row it is in. Returns its loss."""
+        targets = torch.stack([row.targets(self.plan.num_heads) for row in rows])
+        num_positions_K = (targets != NO_TARGET).sum(dim=(0, 1))
+        return sum([self._learn_row(row, num_positions_K) for row in rows])
+
+    def _learn_row(self, row: Row, num_positions_K: Tensor) -> float:
+        """One row's share. num_positions_K: of the whole update."""
         hidden_TE, target_TK = self._read(row)
         teacher_TV = None
         if self.plan.loss.needs_teacher:
@@ -194,13 +199,12 @@ class Trainer:
                 teacher_TV = self._projection(hidden_TE)
         total = 0.0
         for head in range(self.plan.num_heads):
-            num_positions = int((target_TK[:, head] != NO_TARGET).sum())
             for at_N in _parts(target_TK[:, head]):
                 # the base model says at t + 1 + k what the head guesses from t
                 teacher_NV = None if teacher_TV is None else teacher_TV[at_N + 1 + head]
                 logits_NV = self._logits(self.heads, hidden_TE[at_N], head)
                 loss = head_loss(logits_NV, self._draft_targets(target_TK[at_N, head]), teacher_NV, self.plan.loss)
-                loss = loss * (weight * self.plan.loss.decay**head * len(at_N) / num_positions)
+                loss = loss * (self.plan.loss.decay**head * len(at_N) / int(num_positions_K[head]))
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += float(loss.detach())
         return total

@@ -147,6 +147,20 @@ def test_accuracy_on_rows_is_that_of_the_engines_heads_along_the_answers(loaded,
         assert float((exist < 10).float().mean()) == pytest.approx(top10, abs=num_more)
 
 
+def test_every_position_of_an_update_counts_the_same(loaded, answers):
+    """However its documents are spread over rows, an update has the same gradients."""
+    samples = [answer_sample(answer) for answer in answers]
+    gradients = []
+    for row_len in (50, 64, 300):
+        rows = pack_samples(samples, row_len)[0]
+        plan = dataclasses.replace(PLAN, rows_per_update=len(rows), epochs=1, learning_rate=1e-9)
+        trainer = Trainer(loaded, rows, plan, None)
+        assert trainer._learn(rows) > 0.0
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.heads.parameters()]))
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-5)
+
+
 def test_a_new_head_is_the_identity():
     hidden = torch.randn(5, HIDDEN_SIZE)
     heads = TrainableHeads(HIDDEN_SIZE, num_heads=2, num_layers=3)
