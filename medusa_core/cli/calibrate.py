@@ -67,6 +67,10 @@ def calibrate_heads(
         raise ConfigError("There is nothing to calibrate with --heads none.", hint="Name the heads.")
     if model is None and heads is None and output is None:
         raise ConfigError("The bundled heads are calibrated already.", hint="Name a file with --output to measure them again.")
+    if output is not None and output.suffix == ".png":
+        raise ConfigError(f"--output {output} is where the picture would go.", hint="Name a .json file.")
+    if output is not None and not output.parent.is_dir():
+        raise ConfigError(f"--output {output}: there is no folder {output.parent}.")
     if not no_plots:
         require_matplotlib()
     progress = sys.stderr.isatty()
@@ -79,6 +83,8 @@ def calibrate_heads(
     )
 
     core = build_engine(engine_config, progress=progress)
+    if core.info.num_heads == 0:
+        raise ConfigError(f"No heads found for {core.info.model_name}.", hint="Name them with --heads.")
     text = TextProcessor.load(core.info.tokenizer_path, trust_remote_code=trust_remote_code)
     rendered = [(prompt.category, prompt.token_ids) for prompt in render_questions(questions, text)]
     params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
@@ -90,9 +96,9 @@ def calibrate_heads(
 
     what = f"{len(questions)} prompts of {prompts.name}, greedy answers of up to {max_tokens} tokens"
     calibration, positions, heads_path = _measure(config, answers, what, progress)
+    _report(calibration, positions)
     path = output or calibration_path(heads_path)
     save_calibration(calibration, path)
-    _report(calibration, positions)
     print(f"\nwritten: {path}")
     if not no_plots and calibration.tree is not None:
         picture = path.with_suffix(".png")
@@ -104,8 +110,7 @@ def _measure(config: ModelConfig, answers: Sequence[Answer], what: str, progress
     """What `calibrate` returns, and where the heads are."""
     loaded = load_model(config, progress=progress)
     heads_path = find_heads(config, loaded, progress=progress)
-    if heads_path is None:
-        raise ConfigError(f"No heads found for {loaded.name}.", hint="Name them with --heads.")
+    assert heads_path is not None  # the engine had some
     heads = load_heads(heads_path, loaded)
     vocabulary = f"draft vocabulary of {heads.draft_vocab_size:,}" if heads.draft_vocab_size else "the whole vocabulary"
     dtype = str(loaded.dtype).removeprefix("torch.")

@@ -5,9 +5,13 @@ from __future__ import annotations
 import gc
 import itertools
 import logging
+import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +20,7 @@ import typer
 from tqdm import tqdm
 
 from medusa_core.bench.plots import require_matplotlib
+from medusa_core.cli.bench_checks import is_given
 from medusa_core.cli.options import (
     DeviceOption,
     DtypeOption,
@@ -30,13 +35,15 @@ from medusa_core.cli.options import (
 from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
-from medusa_core.model.loader import load_model
+from medusa_core.model.calibration import find_calibration
+from medusa_core.model.loader import LoadedModel, load_model
 from medusa_core.text.processor import TextProcessor
+from medusa_core.training.answers import Answer
 from medusa_core.training.log import TrainingLog
 from medusa_core.training.losses import LossWeights
 from medusa_core.training.packing import Row, check_packing, pack_samples
-from medusa_core.training.samples import Sample, answer_sample, load_answers, read_samples
-from medusa_core.training.self_generation import GenerationPlan, generate_conversations, round_files
+from medusa_core.training.samples import Sample, answer_sample, read_samples
+from medusa_core.training.self_generation import GenerationPlan, generate_conversations, read_conversations
 from medusa_core.training.trainable import export_heads
 from medusa_core.training.trainer import Trainer, TrainingPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
@@ -47,6 +54,8 @@ _PLAN = TrainingPlan()
 _LOSS = LossWeights()
 _HEADS_FILE = "medusa_lm_head.safetensors"
 _CHECKPOINT_FILE = "checkpoint.pt"
+_CONVERSATIONS = "conversations"
+_DEFAULT_ROW_LEN = 2048
 # Conversations that the model writes; in tokens of answers.
 _DEFAULT_TOKENS = 8_000_000
 # Questions of a round for each lane: long rounds keep the lanes busy, short ones can be stopped sooner.
@@ -57,6 +66,7 @@ _SAVE_EVERY_S = 120.0
 
 
 def train(
+    context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the heads, the log, and all that is needed to go on.")],
     data: Annotated[list[Path] | None, typer.Option(help="JSON lines of messages or texts; may be given again.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Without --data: tokens of answers the model writes.")] = _DEFAULT_TOKENS,
@@ -66,7 +76,10 @@ def train(
     num_layers: Annotated[int, typer.Option(min=1, help="Residual blocks per head.")] = _PLAN.num_layers,
     draft_vocab_size: Annotated[int, typer.Option(min=16, help="Most frequent tokens that heads may guess.")] = 32_768,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = _PLAN.epochs,
-    row_len: Annotated[int, typer.Option(min=8, help="Tokens of a row of packed documents; longer ones are cut.")] = 2048,
+    row_len: Annotated[
+        int | None,
+        typer.Option(min=8, help="Tokens of a row of packed documents, longer ones are cut; 2048, or the model's limit."),
+    ] = None,
     rows_per_update: Annotated[int, typer.Option(min=1, help="Rows whose gradients make one update.")] = _PLAN.rows_per_update,
     learning_rate: Annotated[float, typer.Option(help="The highest.")] = _PLAN.learning_rate,
     warmup_share: Annotated[float, typer.Option(help="Share of the updates in which it rises.")] = _PLAN.warmup_share,
@@ -96,46 +109,94 @@ def train(
         require_matplotlib()
     progress = sys.stderr.isatty()
     config = model_config(model, "none", revision, dtype, device, max_model_len, trust_remote_code)
-    should_stop = _deadline(max_minutes)
-    _make_folder(output)
-    if not data:
-        generation = GenerationPlan(num_tokens=num_tokens, round_size=_ROUND_PER_LANE * max_num_seqs, seed=seed)
-        if not _generate(config, generation, output / "conversations", max_num_seqs, should_stop, progress):
-            print(f"stopped while conversations were written, which are in {output / 'conversations'}; the same command goes on")
+    _check_options(context, output, has_data=bool(data))
+    generation = GenerationPlan(num_tokens=num_tokens, round_size=_ROUND_PER_LANE * max_num_seqs, seed=seed)
+    with _stop_asked_for(max_minutes) as should_stop, _file_errors(output):
+        conversations = None if data else _conversations(config, generation, output, max_num_seqs, should_stop, progress)
+        if not data and conversations is None:
+            print(f"stopped while conversations were written, which are in {output / _CONVERSATIONS}; the same command goes on")
             return
-    loaded = load_model(config, progress=progress)
-    check_packing(loaded)
-    text = TextProcessor.load(loaded.folder, trust_remote_code=trust_remote_code)
-    samples = _given(data, text) if data else _generated(output / "conversations")
-    rows, validation_rows = _rows(samples, row_len)
-    token_map_V = choose_draft_vocabulary(rows, loaded.vocab_size, draft_vocab_size)
-    trainer = Trainer(loaded, rows, plan, token_map_V)
-    is_finished = _run(trainer, output, should_stop, progress)
-    accuracies = trainer.validate(validation_rows)
-    metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
-    heads_path = output / _HEADS_FILE
-    export_heads(trainer.trained, heads_path, token_map_V=token_map_V, dtype=loaded.dtype, metadata=metadata)
-    _report(trainer, accuracies, heads_path, is_finished)
-    if not no_plots:
-        TrainingLog.plot(output)
+        loaded = load_model(config, progress=progress)
+        check_packing(loaded)
+        text = TextProcessor.load(loaded.folder, trust_remote_code=trust_remote_code)
+        samples = _given(data or [], text) if conversations is None else map(answer_sample, conversations)
+        rows, validation_rows = _rows(samples, _row_len(row_len, loaded))
+        token_map_V = choose_draft_vocabulary(rows, loaded.vocab_size, draft_vocab_size)
+        trainer = Trainer(loaded, rows, plan, token_map_V)
+        is_finished = _run(trainer, output, should_stop, progress)
+        accuracies = trainer.validate(validation_rows) if validation_rows else []
+        metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
+        export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=loaded.dtype, metadata=metadata)
+        if not no_plots:
+            TrainingLog.plot(output)
+    _report(trainer, accuracies, output, model, is_finished)
 
 
-def _deadline(max_minutes: float | None) -> Callable[[], bool]:
+@contextmanager
+def _stop_asked_for(max_minutes: float | None) -> Iterator[Callable[[], bool]]:
+    """Whether to stop at the next good place: time is up, or Ctrl-C or SIGTERM came. A second signal does what it usually does."""
     end_s = None if max_minutes is None else time.monotonic() + 60 * max_minutes
-    return lambda: end_s is not None and time.monotonic() >= end_s
+    stop = threading.Event()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
+    def restore() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
-def _make_folder(folder: Path) -> None:
+    def on_signal(number: int, frame: object) -> None:
+        stop.set()
+        restore()
+        print("medusa: stopping at the next good place; once more to stop at once", file=sys.stderr)
+
+    for number in handlers:
+        signal.signal(number, on_signal)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        yield lambda: stop.is_set() or (end_s is not None and time.monotonic() >= end_s)
+    finally:
+        restore()
+
+
+@contextmanager
+def _file_errors(output: Path) -> Iterator[None]:
+    """What the folder does not let us write is one sentence."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        yield
     except OSError as error:
-        raise ConfigError(f"--output {folder} cannot be made: {error.strerror}.") from error
+        raise ConfigError(f"--output {output}: {error.filename or 'a file'} cannot be written: {error.strerror}.") from error
 
 
-def _generate(
-    config: ModelConfig, plan: GenerationPlan, folder: Path, max_num_seqs: int, should_stop: Callable[[], bool], progress: bool
-) -> bool:
-    """Whether all conversations are there. The engine is gone afterwards, and its memory free."""
+def _check_options(context: typer.Context, output: Path, *, has_data: bool) -> None:
+    """Options that would change nothing, and heads that somebody else has left there."""
+    for name in ("num_tokens", "max_num_seqs"):
+        if has_data and is_given(context, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is about conversations that the model writes, and --data gives others.",
+                hint="Leave one of them out.",
+            )
+    heads, checkpoint = output / _HEADS_FILE, output / _CHECKPOINT_FILE
+    if heads.exists() and not checkpoint.exists():
+        raise ConfigError(f"{heads} was not made here: there is no {checkpoint.name}.", hint="Name another --output.")
+
+
+def _row_len(row_len: int | None, loaded: LoadedModel) -> int:
+    if row_len is not None and row_len > loaded.max_model_len:
+        raise ConfigError(f"--row-len {row_len} exceeds the model's context of {loaded.max_model_len} tokens.", hint="Lower it.")
+    return row_len or min(_DEFAULT_ROW_LEN, loaded.max_model_len)
+
+
+def _conversations(
+    config: ModelConfig, plan: GenerationPlan, output: Path, max_num_seqs: int, should_stop: Callable[[], bool], progress: bool
+) -> list[Answer] | None:
+    """What the model has written, if need be now; None if there is not enough yet. An engine built for it is gone afterwards."""
+    folder = output / _CONVERSATIONS
+    if (answers := read_conversations(folder, plan.num_tokens)) is not None:
+        return answers
+    if (checkpoint := output / _CHECKPOINT_FILE).exists():
+        raise ConfigError(
+            f"{checkpoint} was trained on fewer conversations than --num-tokens {plan.num_tokens} asks for.",
+            hint="Use the number from before to go on, or another --output to start anew.",
+        )
     core = build_engine(
         EngineConfig(
             model=config,
@@ -146,19 +207,15 @@ def _generate(
         progress=progress,
     )
     text = TextProcessor.load(core.info.tokenizer_path, trust_remote_code=config.trust_remote_code)
-    is_complete = generate_conversations(core, text, plan, folder, should_stop=should_stop, progress=progress)
+    generate_conversations(core, text, plan, folder, should_stop=should_stop, progress=progress)
     del core
     gc.collect()
     torch.cuda.empty_cache()
-    return is_complete
+    return read_conversations(folder, plan.num_tokens)
 
 
 def _given(files: Iterable[Path], text: TextProcessor) -> Iterable[Sample]:
     return itertools.chain.from_iterable(read_samples(file, text) for file in files)
-
-
-def _generated(folder: Path) -> Iterable[Sample]:
-    return (answer_sample(answer) for file in round_files(folder) for answer in load_answers(file))
 
 
 def _rows(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], list[Row]]:
@@ -166,9 +223,8 @@ def _rows(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], list[Row]
     rows, num_cut = pack_samples(samples, row_len)
     if num_cut:
         logger.warning("%d tokens of documents longer than --row-len %d were cut off.", num_cut, row_len)
-    kept_back = set(range(_VALIDATION_SHARE // 2, len(rows), _VALIDATION_SHARE)[:_MAX_VALIDATION_ROWS]) if len(rows) > 1 else set()
-    if len(rows) > 1 and not kept_back:
-        kept_back = {len(rows) - 1}
+    num_kept_back = min(math.ceil(len(rows) / _VALIDATION_SHARE), _MAX_VALIDATION_ROWS) if len(rows) > 1 else 0
+    kept_back = {(2 * number + 1) * len(rows) // (2 * num_kept_back) for number in range(num_kept_back)}
     return [row for i, row in enumerate(rows) if i not in kept_back], [rows[i] for i in sorted(kept_back)]
 
 
@@ -192,12 +248,18 @@ def _run(trainer: Trainer, output: Path, should_stop: Callable[[], bool], progre
     return trainer.num_updates_done == trainer.num_updates
 
 
-def _report(trainer: Trainer, accuracies: list[tuple[float, float]], heads_path: Path, is_finished: bool) -> None:
-    print(f"{trainer.num_updates_done} of {trainer.num_updates} updates; accuracy on rows kept back:\n")
-    print("| head | top 1 | top 10 |\n| --- | --- | --- |")
-    for number, (top1, top10) in enumerate(accuracies, start=1):
-        print(f"| {number} | {top1:.3f} | {top10:.3f} |")
-    print(f"\nwritten: {heads_path}")
+def _report(trainer: Trainer, accuracies: list[tuple[float, float]], output: Path, model: str | None, is_finished: bool) -> None:
+    print(f"{trainer.num_updates_done} of {trainer.num_updates} updates\n")
+    if accuracies:
+        print("Accuracy on rows kept back:\n\n| head | top 1 | top 10 |\n| --- | --- | --- |")
+        for number, (top1, top10) in enumerate(accuracies, start=1):
+            print(f"| {number} | {top1:.3f} | {top10:.3f} |")
+    else:
+        print("With a single row of data none was kept back, so nothing is known of the heads' accuracy.")
+    print(f"\nwritten: {output / _HEADS_FILE}")
     if not is_finished:
         print("stopped before the end; the same command goes on")
-    print(f"next: medusa calibrate --heads {heads_path} --prompts <prompts that were not learned from>")
+    if find_calibration(output):
+        print("the calibration there is of other heads: measure these")
+    model_option = "" if model is None else f"--model {model} "
+    print(f"next: medusa calibrate {model_option}--heads {output} --prompts <prompts that were not learned from>")

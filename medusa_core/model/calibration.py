@@ -26,6 +26,7 @@ from medusa_core.tree.topology import TreeTopology
 
 _FORMAT = 1
 _FOLDER_FILE = "medusa_calibration.json"
+_FOLDER_HEADS = "medusa_lm_head"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,8 +42,11 @@ class Calibration:
 
 
 def calibration_path(heads: Path) -> Path:
-    """Where the calibration of a heads file or folder is written: `<stem>.calibration.json` or `medusa_calibration.json`."""
-    return heads / _FOLDER_FILE if heads.is_dir() else heads.with_suffix(".calibration.json")
+    """Where the calibration of heads is written: `medusa_calibration.json` in their folder, if that or the file that stands for it
+    (`medusa_lm_head.*`) is named; else `<stem>.calibration.json` beside the file."""
+    if heads.is_dir():
+        return heads / _FOLDER_FILE
+    return heads.with_name(_FOLDER_FILE) if heads.stem == _FOLDER_HEADS else heads.with_suffix(".calibration.json")
 
 
 def find_calibration(heads: Path) -> Path | None:
@@ -83,7 +87,7 @@ def load_calibration(path: Path) -> Calibration:
             node_acceptance=tuple(float(share) for share in data["node_acceptance"]) if "tree" in data else (),
         )
         is_known_format = data["format"] == _FORMAT
-    except (OSError, ValueError, TypeError, KeyError, ConfigError) as error:
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, ConfigError) as error:
         raise ModelLoadError(f"{path} is no calibration file ({error!r}).", hint="Delete it, or measure again.") from error
     if not is_known_format or not _is_valid(calibration):
         hint = (
@@ -104,4 +108,4 @@ def _is_valid(calibration: Calibration) -> bool:
     are_heads_valid = all(head and all(0.0 <= share <= 1.0 for share in head) and sum(head) <= 1.0 + 1e-6 for head in heads)
     num_nodes = len(calibration.tree.choices) if calibration.tree is not None else 0
     are_nodes_valid = all(0.0 <= later <= earlier <= 1.0 for earlier, later in itertools.pairwise((1.0, *nodes)))
-    return bool(heads) and are_heads_valid and are_nodes_valid and len(nodes) == num_nodes
+    return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid and len(nodes) == num_nodes

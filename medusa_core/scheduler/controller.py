@@ -153,4 +153,5 @@ class MeasuredTreeSize(_SizeLimits):
         """t(n): of a step that only decodes, plain, and what the tree adds to the step there is."""
         seconds = partial(self._costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
         added_s = seconds(size, num_prefill_rows=num_prefill_rows) - seconds(1, num_prefill_rows=num_prefill_rows)
-        return max(seconds(1, num_prefill_rows=0) + added_s, 1e-9)
+        # Measured points may fall by chance; more rows are never cheaper.
+        return max(seconds(1, num_prefill_rows=0) + max(added_s, 0.0), 1e-9)

@@ -22,10 +22,13 @@ class TrainingLog:
     def __init__(self, folder: Path, num_updates_done: int) -> None:
         path = folder / _LOG_FILE
         kept = [row for row in _read(path) if int(row["update"]) <= num_updates_done]
-        self._file = path.open("w", newline="")
+        partial = path.with_suffix(".partial")
+        self._file = partial.open("w", newline="")
         self._writer = csv.DictWriter(self._file, _COLUMNS)
         self._writer.writeheader()
         self._writer.writerows(kept)
+        self._file.flush()
+        partial.replace(path)
 
     def write(self, progress: Progress) -> None:
         self._writer.writerow(asdict(progress))

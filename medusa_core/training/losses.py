@@ -5,6 +5,7 @@ Shapes: N positions · V draft vocabulary.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -30,8 +31,8 @@ class LossWeights:
 
     def __post_init__(self) -> None:
         terms = (self.cross_entropy, self.distillation, self.total_variation)
-        if min(terms) < 0.0 or sum(terms) == 0.0:
-            raise ConfigError("The weights of the loss must not be negative, and one must be positive.")
+        if not (all(math.isfinite(term) and term >= 0.0 for term in terms) and sum(terms) > 0.0):
+            raise ConfigError("The weights of the loss must be numbers that are not negative, and one must be positive.")
         if not 0.0 < self.decay <= 1.0:
             raise ConfigError(f"The decay from head to head must lie in (0, 1], got {self.decay}.")
 

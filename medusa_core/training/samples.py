@@ -18,7 +18,7 @@ from typing import Any
 
 import msgspec
 
-from medusa_core.errors import ConfigError
+from medusa_core.errors import ConfigError, InvalidParameterError
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer
 
@@ -43,7 +43,7 @@ def read_samples(path: Path, text: TextProcessor) -> Iterator[Sample]:
             token_ids = text.encode(data["text"])
             yield Sample(token_ids=token_ids, learned=[True] * len(token_ids))
         else:
-            raise ConfigError(f'{where}: expected an object with "messages" or "text".')
+            raise ConfigError(f'{where}: expected an object with "messages", or with a "text" that is not empty.')
 
 
 def answer_sample(answer: Answer) -> Sample:
@@ -53,36 +53,41 @@ def answer_sample(answer: Answer) -> Sample:
 
 
 def save_answers(path: Path, answers: Iterable[Answer]) -> None:
-    """Append answers to a file, a line each."""
-    with path.open("ab") as file:
-        for answer in answers:
-            file.write(_JSON.encode(answer) + b"\n")
+    """Write answers to a file, a line each. It is there as a whole or not at all."""
+    partial = path.with_suffix(".partial")
+    partial.write_bytes(b"".join(_JSON.encode(answer) + b"\n" for answer in answers))
+    partial.replace(path)
 
 
 def load_answers(path: Path) -> list[Answer]:
-    """What `save_answers` has written; a last line that was cut off is left out. Raises ConfigError for any other wrong line."""
+    """What `save_answers` has written. Raises ConfigError for anything else."""
     answers = []
-    content = path.read_bytes()
-    lines = content.split(b"\n")
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         try:
             answers.append(msgspec.json.decode(line, type=Answer))
         except msgspec.DecodeError as error:
-            raise ConfigError(f"{path}, line {number} is no answer ({error}).", hint="Delete the file, or that line.") from error
+            raise ConfigError(
+                f"{path}, line {number} is no answer ({error}).", hint="Delete the file: it is made again."
+            ) from error
     return answers
 
 
 def _conversation(messages: list[Any], where: str, text: TextProcessor) -> Sample:
     """The tokens of the whole conversation; learned is what each assistant message adds to what came before it."""
-    if not messages or not all(isinstance(m, dict) and isinstance(m.get("role"), str) for m in messages):
-        raise ConfigError(f'{where}: "messages" must be a list of objects with "role" and "content".')
+    if not messages or not all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+    ):
+        raise ConfigError(f'{where}: "messages" must be a list of objects with "role" and "content", both texts.')
     token_ids: list[int] = []
     learned: list[bool] = []
     for number, message in enumerate(messages, start=1):
         if message["role"] != "assistant":
             continue
-        prompt_ids = text.render_chat(messages[: number - 1])
-        whole_ids = text.render_chat(messages[:number], add_generation_prompt=False)
+        try:
+            prompt_ids = text.render_chat(messages[: number - 1])
+            whole_ids = text.render_chat(messages[:number], add_generation_prompt=False)
+        except InvalidParameterError as error:
+            raise ConfigError(f"{where}: {error}") from error
         if whole_ids[: len(prompt_ids)] != prompt_ids or whole_ids[: len(token_ids)] != token_ids:
             raise ConfigError(
                 f"{where}: the chat template changes earlier messages when message {number} is added, so it is not known which "
@@ -99,7 +104,7 @@ def _conversation(messages: list[Any], where: str, text: TextProcessor) -> Sampl
 def _lines(path: Path) -> Iterator[tuple[str, str]]:
     """(where, line) of each line that is not empty."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield f"{path}, line {number}", line

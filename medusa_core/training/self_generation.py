@@ -5,21 +5,22 @@ first words, drawn from lists for each kind of task, see to variety. The questio
 several temperatures: the heads learn what this very model says.
 
 The work is cut into rounds with a file each, so that it can be stopped at any time: what is there is not made again, and a round
-depends on the seed, its number and the questions before it alone.
+depends on the plan, its number and the questions before it alone (in 16 bits, up to near-ties).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
 
 from medusa_core.engine.core import EngineCore
-from medusa_core.errors import ConfigError
+from medusa_core.errors import ConfigError, InvalidParameterError
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
 from medusa_core.text.processor import TextProcessor
@@ -29,6 +30,8 @@ from medusa_core.training.samples import load_answers, save_answers
 
 _PLACE = "\u241e"  # stands for the user's message in a rendered conversation; no tokenizer merges it with its neighbours
 _MIN_QUESTION_CHARACTERS = 12
+_ROUND_FILE = "round-{:05d}.jsonl"
+_ORIGIN_FILE = "origin.json"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,38 +65,57 @@ def generate_conversations(
 ) -> bool:
     """Add rounds to `folder` until its answers have enough tokens, or until `should_stop` says so between two rounds.
 
-    Returns whether there are enough. Raises ConfigError for a model whose chat format cannot be taken apart, or one that writes no
-    questions.
+    Returns whether there are enough. Raises ConfigError for a folder that another model or plan has written to, a model whose chat
+    format cannot be taken apart, or one that writes no questions.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    _check_origin(core, plan, folder)
     known: set[str] = set()
-    num_tokens = 0
-    files = round_files(folder)
-    for file in files:
-        answers = load_answers(file)
-        num_tokens += sum(len(answer.output_token_ids) for answer in answers)
-        known.update(_normalised(text.decode(answer.prompt_token_ids)) for answer in answers)
-    bar = tqdm(total=plan.num_tokens, initial=num_tokens, desc="writing", unit="token", unit_scale=True, disable=not progress)
-    with bar:
-        for number in range(len(files), 10**6):
-            if num_tokens >= plan.num_tokens:
-                return True
-            if should_stop():
-                return False
-            answers = _round(core, text, plan, number, known)
-            partial = folder / "round.partial"
-            partial.unlink(missing_ok=True)
-            save_answers(partial, answers)
-            partial.replace(folder / f"round-{number:05d}.jsonl")
+    num_tokens = number = 0
+    with tqdm(total=plan.num_tokens, desc="writing", unit="token", unit_scale=True, disable=not progress) as bar:
+        while num_tokens < plan.num_tokens:
+            file = folder / _ROUND_FILE.format(number)
+            if not file.exists():
+                if should_stop():
+                    return False
+                save_answers(file, _round(core, text, plan, number, known))
+            answers = load_answers(file)
+            known.update(_normalised(text.decode(answer.prompt_token_ids)) for answer in answers)
             num_new = sum(len(answer.output_token_ids) for answer in answers)
             num_tokens += num_new
+            number += 1
             bar.update(num_new)
-    raise AssertionError("unreachable")
+    return True
 
 
-def round_files(folder: Path) -> list[Path]:
-    """In the order they were written."""
-    return sorted(folder.glob("round-*.jsonl"))
+def read_conversations(folder: Path, num_tokens: int) -> list[Answer] | None:
+    """The answers of the first rounds, as many as it takes for `num_tokens` tokens; None if there are not enough yet."""
+    answers: list[Answer] = []
+    number = 0
+    while num_tokens > 0:
+        file = folder / _ROUND_FILE.format(number)
+        if not file.exists():
+            return None
+        new = load_answers(file)
+        answers += new
+        num_tokens -= sum(len(answer.output_token_ids) for answer in new)
+        number += 1
+    return answers
+
+
+def _check_origin(core: EngineCore, plan: GenerationPlan, folder: Path) -> None:
+    """All rounds of a folder come from one model and one plan, but for how many tokens there shall be."""
+    origin = {"model": core.info.model_name, "dtype": core.info.dtype, "vocab_size": core.info.vocab_size, **asdict(plan)}
+    del origin["num_tokens"]
+    content = json.dumps(origin, indent=2) + "\n"
+    file = folder / _ORIGIN_FILE
+    if not file.exists():
+        file.write_text(content)
+    elif file.read_text() != content:
+        raise ConfigError(
+            f"{folder} holds conversations of another model, or that were written with other options (see {file.name}).",
+            hint="Use the same model, --seed and --max-num-seqs to go on, or another --output to start anew.",
+        )
 
 
 def _round(core: EngineCore, text: TextProcessor, plan: GenerationPlan, number: int, known: set[str]) -> list[Answer]:
@@ -102,12 +124,20 @@ def _round(core: EngineCore, text: TextProcessor, plan: GenerationPlan, number: 
     openings = list(_openings(text, plan.round_size, generator))
     # A short context is shared: half of it for the question, the rest for the answer.
     max_len = core.info.max_model_len
-    sampled = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=min(plan.max_question_tokens, max_len // 2))
+    longest = max(len(opening.token_ids) for opening in openings)
+    num_question_tokens = min(plan.max_question_tokens, max_len // 2, max_len - longest)
+    if num_question_tokens < 1:
+        raise ConfigError(
+            f"A context of {max_len} tokens is too short for questions: their openings take up to {longest}.",
+            hint="Give conversations with --data, or raise --max-model-len.",
+        )
+    sampled = SamplingParams(temperature=1.0, top_p=0.95, max_tokens=num_question_tokens)
     params = [dataclasses.replace(sampled, seed=generator.getrandbits(63)) for _ in openings]
     written = run_prompts(core, [opening.token_ids for opening in openings], params)
     prompts: list[tuple[str, list[int]]] = []
     for opening, (output_ids, finish_reason) in zip(openings, written, strict=True):
-        question = (opening.first_words + text.decode(output_ids)).strip()
+        # Together, as some tokenizers drop the space in front of what is decoded alone.
+        question = text.decode(opening.first_ids + output_ids).strip()
         if finish_reason is not FinishReason.STOP or len(question) < _MIN_QUESTION_CHARACTERS:
             continue
         token_ids = text.render_chat([{"role": "user", "content": question}])
@@ -137,10 +167,10 @@ def _round(core: EngineCore, text: TextProcessor, plan: GenerationPlan, number: 
 
 @dataclass(frozen=True, slots=True)
 class _Opening:
-    """token_ids: everything up to where the model goes on, the first words of the user's message included."""
+    """first_ids: the first words of the user's message. token_ids: everything up to where the model goes on, these included."""
 
     kind: str
-    first_words: str
+    first_ids: list[int]
     token_ids: list[int]
 
 
@@ -148,19 +178,32 @@ def _openings(text: TextProcessor, count: int, generator: random.Random) -> Iter
     """One of each kind in turn."""
     for index in range(count):
         kind = KINDS[index % len(KINDS)]
-        first_words = kind.first_words(generator)
-        token_ids = _user_turn(text, kind, generator) + text.encode(first_words, add_special_tokens=False)
-        yield _Opening(kind.name, first_words, token_ids)
+        first_ids = text.encode(kind.first_words(generator), add_special_tokens=False)
+        yield _Opening(kind.name, first_ids, _user_turn(text, kind, generator) + first_ids)
 
 
 def _user_turn(text: TextProcessor, kind: Kind, generator: random.Random) -> list[int]:
     """The chat format up to where the user's message begins."""
-    messages = [{"role": "system", "content": kind.system(generator)}, {"role": "user", "content": _PLACE}]
-    rendered = text.decode(text.render_chat(messages, add_generation_prompt=False), skip_special_tokens=False)
+    system, user = {"role": "system", "content": kind.system(generator)}, {"role": "user", "content": _PLACE}
+    try:
+        token_ids = text.render_chat([system, user], add_generation_prompt=False)
+    except InvalidParameterError:
+        # Some models know no system message.
+        token_ids = _render(text, [user])
+    rendered = text.decode(token_ids, skip_special_tokens=False)
     before, place, _ = rendered.partition(_PLACE)
     if not place:
         raise ConfigError("The chat format does not show the user's message as it is.", hint="Give conversations with --data.")
     return text.encode(before, add_special_tokens=False)
+
+
+def _render(text: TextProcessor, messages: list[dict[str, str]]) -> list[int]:
+    try:
+        return text.render_chat(messages, add_generation_prompt=False)
+    except InvalidParameterError as error:
+        raise ConfigError(
+            f"Questions cannot be put into the model's chat format: {error}", hint="Give texts with --data."
+        ) from error
 
 
 def _normalised(question: str) -> str:

@@ -48,4 +48,7 @@ def export_heads(
     }
     if token_map_V is not None:
         tensors["token_map"] = token_map_V.cpu()
-    save_file(tensors, path, metadata=dict(metadata))
+    # A server may have the file that this one replaces in its memory.
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=dict(metadata))
+    partial.replace(path)

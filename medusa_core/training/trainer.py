@@ -8,8 +8,8 @@ logits what they are compared with. A run can be stopped between any two updates
 
 from __future__ import annotations
 
-import functools
 import math
+import pickle
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from medusa_core.errors import ConfigError
 from medusa_core.model.loader import LoadedModel
@@ -29,9 +29,12 @@ from medusa_core.training.packing import NO_TARGET, Row
 from medusa_core.training.trainable import TrainableHeads
 from medusa_core.training.vocabulary import draft_ids
 
-# Positions whose logits over the draft vocabulary are in memory at once.
+# Positions whose logits, and the gradients of them, are in memory at once, over the draft vocabulary. The base model's own are of a
+# whole row.
 _MAX_POSITIONS = 2048
 _MAX_GRADIENT_NORM = 1.0
+# Of each weight of the base model, to tell another model of the same name.
+_SAMPLED_WEIGHTS = 1024
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,7 +42,8 @@ class TrainingPlan:
     """How heads are trained. An update takes `rows_per_update` rows, one after the other, whatever the memory.
 
     learning_rate: the highest, after `warmup_share` of all updates; it then falls to 0 along a cosine.
-    ema_decay: of the moving average over updates that is exported; 0 exports the last update's heads.
+    ema_decay: of the moving average over updates that is exported; 0 exports the last update's heads. Update n counts with at least
+        9 / (10 + n), so that the average of a short run is not that of its beginning.
     """
 
     num_heads: int = 4
@@ -56,13 +60,14 @@ class TrainingPlan:
         for name in ("num_heads", "num_layers", "epochs", "rows_per_update"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
-        if not (self.learning_rate > 0.0 and 0.0 <= self.warmup_share < 1.0 and 0.0 <= self.ema_decay < 1.0):
-            raise ConfigError("learning_rate must be positive, warmup_share and ema_decay in [0, 1).")
+        if not (0.0 < self.learning_rate < math.inf and 0.0 <= self.warmup_share < 1.0 and 0.0 <= self.ema_decay < 1.0):
+            raise ConfigError("learning_rate must be a positive number, warmup_share and ema_decay in [0, 1).")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Progress:
-    """After an update. loss: of the update's rows. num_tokens: of all rows so far, padding included. seconds: of this run."""
+    """After an update. loss: of the update's rows. num_tokens: of all rows so far, padding included. seconds: since the run was
+    started, or gone on with."""
 
     update: int
     num_updates: int
@@ -80,15 +85,18 @@ class Trainer:
 
     def __init__(self, loaded: LoadedModel, rows: Sequence[Row], plan: TrainingPlan, token_map_V: Tensor | None) -> None:
         if not rows:
-            raise ConfigError("There is nothing to learn from: no row of tokens.")
+            raise ConfigError("There is nothing to learn from: no row of tokens.", hint="Give more data, or longer texts.")
+        if not any((row.targets(plan.num_heads) != NO_TARGET).any() for row in rows):
+            raise ConfigError(
+                "There is nothing to learn from: all texts are too short.", hint="Heads guess from the third token on."
+            )
         self.plan = plan
         self._loaded = loaded
         self._rows = rows
         self._draft_ids = draft_ids(token_map_V, loaded.vocab_size)
         self._projection: Projection = loaded.project if token_map_V is None else loaded.project.restricted_to(token_map_V)
         self.heads = TrainableHeads(loaded.hidden_size, num_heads=plan.num_heads, num_layers=plan.num_layers).to(loaded.device)
-        average = get_ema_multi_avg_fn(plan.ema_decay)  # type: ignore[no-untyped-call]
-        self._average = AveragedModel(self.heads, multi_avg_fn=average)
+        self._average = AveragedModel(self.heads, avg_fn=self._moving_average)
         self._optimizer = torch.optim.AdamW(self.heads.parameters(), lr=plan.learning_rate, weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._learning_rate_factor)
         self.num_updates_done = 0
@@ -111,6 +119,10 @@ class Trainer:
             if should_stop():
                 return
             loss = self._learn(self._rows_of(update))
+            if not math.isfinite(loss):
+                raise ConfigError(
+                    f"The loss of update {update + 1} is {loss}.", hint="Lower --learning-rate, or use --dtype float32."
+                )
             torch.nn.utils.clip_grad_norm_(self.heads.parameters(), _MAX_GRADIENT_NORM)
             learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
@@ -123,7 +135,7 @@ class Trainer:
                 num_updates=self.num_updates,
                 loss=loss,
                 learning_rate=learning_rate,
-                num_tokens=self.num_updates_done * self.plan.rows_per_update * len(self._rows[0].token_ids_T),
+                num_tokens=self._num_rows_done() * len(self._rows[0].token_ids_T),
                 seconds=time.perf_counter() - start_s,
             )
 
@@ -142,10 +154,14 @@ class Trainer:
         partial.replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises ConfigError for one of another plan, model or data."""
-        state: dict[str, Any] = torch.load(path, map_location=self._loaded.device, weights_only=True)
-        if state["fingerprint"] != self._fingerprint():
-            different = sorted(name for name, value in self._fingerprint().items() if state["fingerprint"].get(name) != value)
+        """Go on from a checkpoint. Raises ConfigError for one of another plan, model or data, or a file that is none."""
+        try:
+            state: dict[str, Any] = torch.load(path, map_location=self._loaded.device, weights_only=True)
+            written = dict(state["fingerprint"])
+        except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise ConfigError(f"{path} is no checkpoint ({error}).", hint="Delete it to train anew.") from error
+        mine = self._fingerprint()
+        if different := [f"{name} ({written.get(name)}, now {mine[name]})" for name in mine if written.get(name) != mine[name]]:
             raise ConfigError(
                 f"{path} was written with another {', '.join(different)}.",
                 hint="Use the same options and data to go on, or another --output to start anew.",
@@ -175,6 +191,14 @@ class Trainer:
     @property
     def _updates_per_epoch(self) -> int:
         return math.ceil(len(self._rows) / self.plan.rows_per_update)
+
+    def _num_rows_done(self) -> int:
+        epochs, updates = divmod(self.num_updates_done, self._updates_per_epoch)
+        return epochs * len(self._rows) + updates * self.plan.rows_per_update
+
+    def _moving_average(self, average: Tensor, current: Tensor, num_averaged: Tensor | int) -> Tensor:
+        decay = min(self.plan.ema_decay, (1 + int(num_averaged)) / (10 + int(num_averaged)))
+        return torch.lerp(average, current, 1.0 - decay)
 
     def _rows_of(self, update: int) -> list[Row]:
         """The rows of an update: every epoch takes them all, in an order of its own that the seed decides."""
@@ -237,11 +261,18 @@ class Trainer:
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree on."""
-        checksum = functools.reduce(lambda value, row: zlib.crc32(row.token_ids_T.numpy().tobytes(), value), self._rows, 0)
+        data = weights = 0
+        for row in self._rows:
+            data = zlib.crc32(row.learned_T.numpy().tobytes(), zlib.crc32(row.token_ids_T.numpy().tobytes(), data))
+        for parameter in self._loaded.model.parameters():
+            sample = parameter.detach().flatten()[:_SAMPLED_WEIGHTS].float().cpu()
+            weights = zlib.crc32(sample.numpy().tobytes(), weights)
+        plan = asdict(self.plan)
         return {
-            "plan": asdict(self.plan),
-            "model": f"{self._loaded.name}, {self._loaded.dtype}",
-            "data": f"{len(self._rows)} rows, CRC-32 {checksum:08x}",
+            **plan.pop("loss"),
+            **plan,
+            "model": f"{self._loaded.name}, {self._loaded.dtype}, CRC-32 {weights:08x}",
+            "data": f"{len(self._rows)} rows, CRC-32 {data:08x}",
             "draft vocabulary": f"{int((self._draft_ids != NO_TARGET).sum())} tokens",
         }
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
+import signal
 import sys
+from contextlib import nullcontext
 
 import pytest
 from safetensors import safe_open
@@ -77,7 +80,9 @@ def test_a_stopped_run_goes_on_with_the_same_command(train, tiny, data, tmp_path
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"
     assert train("--output", whole, *arguments)[0] == 0
     calls = iter(range(100))
-    monkeypatch.setattr(train_command, "_deadline", lambda minutes: lambda: minutes is not None and next(calls) >= 3)
+    monkeypatch.setattr(
+        train_command, "_stop_asked_for", lambda minutes: nullcontext(lambda: minutes is not None and next(calls) >= 3)
+    )
     code, out, _ = train("--output", pieces, "--max-minutes", "1", *arguments)
     assert code == 0
     assert "stopped before the end" in out
@@ -112,6 +117,8 @@ def test_without_data_the_model_writes_its_own(train, tiny, tmp_path):
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
         (["--cross-entropy", "0", "--distillation", "0"], "one must be positive"),
         (["--ema-decay", "1"], r"ema_decay in \[0, 1\)"),
+        (["--total-variation", "inf"], "must be numbers"),
+        (["--data", "x.jsonl", "--num-tokens", "5"], r"--num-tokens is about conversations.*--data gives others"),
     ],
 )
 def test_what_makes_no_sense_is_refused(train, tiny, tmp_path, arguments, message):
@@ -125,4 +132,59 @@ def test_going_on_with_other_options_is_refused(train, tiny, data, tmp_path):
     assert train(*arguments)[0] == 0
     code, _, err = train(*arguments, "--learning-rate", "0.1")
     assert code == 2
-    assert re.search(r"another plan.*another --output to start anew", err)
+    assert re.search(r"another learning_rate \(0\.001, now 0\.1\).*another --output to start anew", err)
+
+
+def test_ctrl_c_stops_at_the_next_good_place(train, tiny, data, tmp_path, monkeypatch):
+    """The first one: the update is finished, saved, and heads are written."""
+    step = train_command.TrainingLog.write
+
+    def write(log, progress):
+        step(log, progress)
+        if progress.update == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(train_command.TrainingLog, "write", write)
+    output = tmp_path / "out"
+    before = signal.getsignal(signal.SIGINT)
+    code, out, err = train("--data", data, "--output", output, *FAST, "--no-plots", *tiny)
+    assert code == 0, err
+    assert "2 of " in out
+    assert "stopped before the end" in out
+    assert "once more to stop at once" in err
+    assert (output / "checkpoint.pt").exists()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_somebody_elses_heads_are_not_overwritten(train, tiny, data, tmp_path):
+    heads = tmp_path / "medusa_lm_head.safetensors"
+    heads.write_bytes(b"published")
+    code, _, err = train("--data", data, "--output", tmp_path, *FAST, "--no-plots", *tiny)
+    assert code == 2
+    assert "was not made here" in err
+    assert heads.read_bytes() == b"published"
+
+
+def test_a_row_longer_than_the_context_is_refused_and_never_the_default(train, tiny, data, tmp_path):
+    fast = FAST[:2] + FAST[4:]
+    code, _, err = train("--data", data, "--output", tmp_path / "a", *fast, "--row-len", "513", "--no-plots", *tiny)
+    assert code == 2
+    assert "exceeds the model's context of 512" in err
+    code, _, err = train("--data", data, "--output", tmp_path / "b", *fast, "--no-plots", *tiny)
+    assert code == 0, err
+
+
+def test_what_is_trained_is_calibrated_and_served_from_its_folder(train, tiny, data, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "out"
+    _, out, _ = train("--data", data, "--output", output, *FAST, "--no-plots", *tiny)
+    command = re.search(r"next: medusa (calibrate --model \S+ --heads \S+) --prompts", out)[1].split()
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"question_id": 1, "category": "any", "turns": ["q3"]}))
+    monkeypatch.setattr(sys, "argv", ["medusa", *command, "--prompts", str(prompts), "--dtype", "float32", "--no-plots"])
+    with pytest.raises(SystemExit) as exit_info:
+        main()
+    assert not exit_info.value.code, capsys.readouterr().err
+    for heads in (output, output / "medusa_lm_head.safetensors"):
+        model = ModelConfig(model=tiny[1], heads=str(heads), dtype="float32", device="cpu")
+        core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
+        assert core.info.tree == "calibrated"

@@ -60,9 +60,12 @@ def test_of_a_text_everything_is_learned(text, tmp_path):
     ("line", "message"),
     [
         ("{", r"line 2: not JSON"),
-        ({"prompt": "x"}, r'line 2: expected an object with "messages" or "text"'),
+        ({"prompt": "x"}, r'line 2: expected an object with "messages", or with a "text"'),
         ({"messages": ["x"]}, r'line 2: "messages" must be a list of objects'),
+        ({"text": ""}, r'line 2: expected .* "text" that is not empty'),
         ({"messages": [{"role": "user", "content": "x"}]}, r"line 2: the conversation has no message of the assistant"),
+        ({"messages": [{"role": "user", "content": None}]}, r'line 2: "messages" must be a list of objects'),
+        ({"messages": [{"role": "user"}, {"role": "assistant", "content": "x"}]}, r'line 2: "messages" must be a list of objects'),
     ],
 )
 def test_a_wrong_line_is_named(text, tmp_path, line, message):
@@ -85,13 +88,9 @@ def test_a_template_that_rewrites_earlier_messages_is_refused(folder, tmp_path):
 def test_answers_are_kept_as_tokens(tmp_path):
     path = tmp_path / "answers.jsonl"
     answers = [Answer(prompt_token_ids=[1, 2], output_token_ids=[3, n], category="any") for n in range(3)]
-    save_answers(path, answers[:2])
-    save_answers(path, answers[2:])
+    save_answers(path, answers)
     assert load_answers(path) == answers
-    # A program that was ended while it wrote leaves half a line.
-    with path.open("ab") as file:
-        file.write(b'{"prompt_token')
-    assert load_answers(path) == answers
+    assert list(tmp_path.iterdir()) == [path]
     sample = answer_sample(answers[1])
     assert (sample.token_ids, sample.learned) == ([1, 2, 3, 1], [False, False, True, True])
 
@@ -101,3 +100,15 @@ def test_a_file_of_something_else_is_refused(tmp_path):
     path.write_text('{"text": "x"}\n')
     with pytest.raises(ConfigError, match="line 1 is no answer"):
         load_answers(path)
+
+
+def test_a_message_that_the_template_refuses_is_named(folder, tmp_path):
+    picky = TextProcessor.load(folder, chat_template="{{ raise_exception('no thanks') }}")
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    with pytest.raises(ConfigError, match=r"line 1: .*no thanks"):
+        read(picky, tmp_path / "data.jsonl", {"messages": messages})
+
+
+def test_a_byte_order_mark_is_no_part_of_the_data(text, tmp_path):
+    (sample,) = read(text, tmp_path / "data.jsonl", "\ufeff" + json.dumps({"text": "fine"}))
+    assert learned_text(text, sample) == "fine"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+import shutil
 
 import pytest
 
@@ -13,7 +15,7 @@ from medusa_core.text.processor import TextProcessor
 from medusa_core.training import self_generation
 from medusa_core.training.question_kinds import KINDS
 from medusa_core.training.samples import load_answers
-from medusa_core.training.self_generation import GenerationPlan, generate_conversations, round_files
+from medusa_core.training.self_generation import GenerationPlan, generate_conversations, read_conversations
 from tests.engine.tiny_model import EOS_ID, save_tiny_model
 from tests.training.test_samples import TEMPLATE
 
@@ -35,7 +37,11 @@ def text(core):
 
 
 def contents(folder):
-    return [file.read_bytes() for file in round_files(folder)]
+    return [file.read_bytes() for file in rounds(folder)]
+
+
+def rounds(folder):
+    return sorted(folder.glob("round-*.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +53,7 @@ def whole(core, tmp_path_factory):
 
 
 def test_there_are_answers_enough_of_several_kinds_and_no_question_twice(core, text, whole):
-    answers = [answer for file in round_files(whole) for answer in load_answers(file)]
+    answers = [answer for file in rounds(whole) for answer in load_answers(file)]
     assert sum(len(answer.output_token_ids) for answer in answers) >= PLAN.num_tokens
     questions = [text.decode(answer.prompt_token_ids) for answer in answers]
     assert len(set(questions)) == len(questions)
@@ -59,7 +65,7 @@ def test_there_are_answers_enough_of_several_kinds_and_no_question_twice(core, t
 
 
 def test_a_stopped_run_goes_on_to_the_same_conversations(core, text, whole, tmp_path):
-    assert len(round_files(whole)) >= 2, "one round is not enough to stop in between"
+    assert len(rounds(whole)) >= 2, "one round is not enough to stop in between"
     checks = itertools.count()
     assert not generate_conversations(core, text, PLAN, tmp_path, should_stop=lambda: next(checks) == 1)
     assert contents(tmp_path) == contents(whole)[:1]
@@ -67,6 +73,35 @@ def test_a_stopped_run_goes_on_to_the_same_conversations(core, text, whole, tmp_
     assert contents(tmp_path) == contents(whole)
     assert generate_conversations(core, text, PLAN, tmp_path), "what is there is not made again"
     assert contents(tmp_path) == contents(whole)
+
+
+def test_a_round_that_was_deleted_is_made_again(core, text, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    rounds(tmp_path)[0].unlink()
+    assert read_conversations(tmp_path, PLAN.num_tokens) is None
+    assert generate_conversations(core, text, PLAN, tmp_path)
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_as_many_rounds_are_read_as_it_takes(whole):
+    first = load_answers(rounds(whole)[0])
+    num_first = sum(len(answer.output_token_ids) for answer in first)
+    assert read_conversations(whole, 1) == read_conversations(whole, num_first) == first
+    assert len(read_conversations(whole, num_first + 1)) > len(first)
+    assert read_conversations(whole, 10**9) is None
+
+
+def test_rounds_of_another_plan_are_not_mixed_with(core, text, whole, tmp_path):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    with pytest.raises(ConfigError, match=r"written with other options \(see origin\.json\).*another --output"):
+        generate_conversations(core, text, dataclasses.replace(PLAN, seed=4), tmp_path)
+    assert generate_conversations(core, text, dataclasses.replace(PLAN, num_tokens=PLAN.num_tokens + 50), tmp_path)
+
+
+def test_a_model_that_knows_no_system_message_writes_questions_too(core, tmp_path):
+    strict = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
+    text = TextProcessor.load(core.info.tokenizer_path, chat_template=strict)
+    assert generate_conversations(core, text, dataclasses.replace(PLAN, num_tokens=1), tmp_path)
 
 
 def test_another_seed_writes_something_else(core, text, whole, tmp_path):

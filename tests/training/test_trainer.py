@@ -18,7 +18,7 @@ from medusa_core.training.answers import answer_prompts
 from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.measure import observed_ranks
 from medusa_core.training.packing import pack_samples
-from medusa_core.training.samples import answer_sample
+from medusa_core.training.samples import Sample, answer_sample
 from medusa_core.training.trainable import TrainableHeads, export_heads
 from medusa_core.training.trainer import Trainer, TrainingPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
@@ -104,10 +104,16 @@ def test_a_stopped_run_goes_on_bit_for_bit(loaded, rows, tmp_path, stop):
 def test_a_checkpoint_of_another_run_is_refused(loaded, rows, tmp_path):
     path = tmp_path / "checkpoint.pt"
     Trainer(loaded, rows, PLAN, None).save(path)
-    with pytest.raises(ConfigError, match=r"another plan.*--output"):
+    with pytest.raises(ConfigError, match=r"another seed \(0, now 1\).*--output"):
         Trainer(loaded, rows, dataclasses.replace(PLAN, seed=1), None).load(path)
     with pytest.raises(ConfigError, match="another data"):
         Trainer(loaded, rows[:-1], PLAN, None).load(path)
+    loaded.model.model.norm.weight.mul_(2.0)
+    with pytest.raises(ConfigError, match="another model"):
+        Trainer(loaded, rows, PLAN, None).load(path)
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(ConfigError, match=r"is no checkpoint.*Delete it"):
+        Trainer(loaded, rows, PLAN, None).load(path)
 
 
 def test_what_is_exported_is_the_average_of_the_updates(loaded, rows):
@@ -204,3 +210,31 @@ def test_plans_that_make_no_sense_are_refused(wrong):
 def test_no_data_is_refused(loaded):
     with pytest.raises(ConfigError, match="nothing to learn from"):
         Trainer(loaded, [], PLAN, None)
+    short = pack_samples([Sample(token_ids=[n, 5], learned=[True, True]) for n in range(20)], 16)[0]
+    with pytest.raises(ConfigError, match="all texts are too short"):
+        Trainer(loaded, short, PLAN, None)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(loaded, rows):
+    trainer = Trainer(loaded, rows, PLAN, None)
+    trainer.heads.linears[1].weight.requires_grad_(False).fill_(torch.nan)
+    with pytest.raises(ConfigError, match=r"The loss of update 1 is nan.*Lower --learning-rate"):
+        list(trainer.run())
+
+
+def test_the_average_of_a_short_run_is_not_that_of_its_beginning(loaded, rows):
+    """However slow the average is meant to be: after a few updates it is near the last of them."""
+    trainer, _ = finished(loaded, rows, dataclasses.replace(PLAN, ema_decay=0.999))
+    start = Trainer(loaded, rows, PLAN, None).heads
+
+    def distance(a, b):
+        return sum(float((x - y).norm()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+    assert distance(trainer.trained, trainer.heads) < 0.5 * distance(start, trainer.heads)
+
+
+def test_progress_counts_the_tokens_of_smaller_last_updates(loaded, rows):
+    plan = dataclasses.replace(PLAN, rows_per_update=len(rows) - 1, epochs=2)
+    _, steps = finished(loaded, rows, plan)
+    counted = [step.num_tokens // 64 for step in steps]
+    assert counted == [len(rows) - 1, len(rows), 2 * len(rows) - 1, 2 * len(rows)]
