@@ -136,8 +136,7 @@ def _round(core: EngineCore, text: TextProcessor, plan: GenerationPlan, number: 
     written = run_prompts(core, [opening.token_ids for opening in openings], params)
     prompts: list[tuple[str, list[int]]] = []
     for opening, (output_ids, finish_reason) in zip(openings, written, strict=True):
-        # Together, as some tokenizers drop the space in front of what is decoded alone.
-        question = text.decode(opening.first_ids + output_ids).strip()
+        question = opening.question(text, output_ids)
         if finish_reason is not FinishReason.STOP or len(question) < _MIN_QUESTION_CHARACTERS:
             continue
         token_ids = text.render_chat([{"role": "user", "content": question}])
@@ -166,20 +165,24 @@ def _round(core: EngineCore, text: TextProcessor, plan: GenerationPlan, number: 
 
 
 @dataclass(frozen=True, slots=True)
-class _Opening:
+class Opening:
     """first_ids: the first words of the user's message. token_ids: everything up to where the model goes on, these included."""
 
     kind: str
     first_ids: list[int]
     token_ids: list[int]
 
+    def question(self, text: TextProcessor, output_ids: list[int]) -> str:
+        """The whole message. Decoded together, as some tokenizers drop the space in front of what is decoded alone."""
+        return text.decode(self.first_ids + output_ids).strip()
 
-def _openings(text: TextProcessor, count: int, generator: random.Random) -> Iterator[_Opening]:
+
+def _openings(text: TextProcessor, count: int, generator: random.Random) -> Iterator[Opening]:
     """One of each kind in turn."""
     for index in range(count):
         kind = KINDS[index % len(KINDS)]
         first_ids = text.encode(kind.first_words(generator), add_special_tokens=False)
-        yield _Opening(kind.name, first_ids, _user_turn(text, kind, generator) + first_ids)
+        yield Opening(kind.name, first_ids, _user_turn(text, kind, generator) + first_ids)
 
 
 def _user_turn(text: TextProcessor, kind: Kind, generator: random.Random) -> list[int]:

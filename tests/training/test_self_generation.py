@@ -7,6 +7,8 @@ import itertools
 import shutil
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from medusa_core.engine.build import build_engine
@@ -15,7 +17,7 @@ from medusa_core.text.processor import TextProcessor
 from medusa_core.training import self_generation
 from medusa_core.training.question_kinds import KINDS
 from medusa_core.training.samples import load_answers
-from medusa_core.training.self_generation import GenerationPlan, generate_conversations, read_conversations
+from medusa_core.training.self_generation import GenerationPlan, Opening, generate_conversations, read_conversations
 from tests.engine.tiny_model import EOS_ID, save_tiny_model
 from tests.training.test_samples import TEMPLATE
 
@@ -120,3 +122,15 @@ def test_a_chat_format_that_hides_the_message_is_refused(core, tmp_path):
     text = TextProcessor.load(core.info.tokenizer_path, chat_template="{% for m in messages %}{{ m.role }}{% endfor %}")
     with pytest.raises(ConfigError, match="does not show the user's message"):
         generate_conversations(core, text, PLAN, tmp_path)
+
+
+def test_first_words_and_what_follows_them_stay_apart(tmp_path):
+    """Sentencepiece tokenizers write a word's space in front of it, and drop it in front of a text."""
+    pieces = ["<unk>", "<s>", "</s>", "\u2581Write", "\u2581a", "\u2581story"]
+    backend = Tokenizer(models.WordLevel({piece: token_id for token_id, piece in enumerate(pieces)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path)
+    text = TextProcessor.load(tmp_path, chat_template=TEMPLATE)
+    first_ids = text.encode("Write a", add_special_tokens=False)
+    assert Opening("chat", first_ids, first_ids).question(text, [pieces.index("\u2581story"), 2]) == "Write a story"
