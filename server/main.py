@@ -28,7 +28,8 @@ logger = logging.getLogger(__name__)
 # After the drain has waited for requests, connections get this long to close by themselves.
 CLOSE_TIMEOUT_S = 1
 DRAIN_POLL_S = 0.05
-# New objects alive before the garbage collector looks at them; the default is 700, a few of which each request in progress holds.
+# New objects alive before the garbage collector looks at them; by default a few hundred or thousand, and each
+# request in progress holds some.
 # Streams make next to no cycles: what they make goes with its last reference, and looking at it was 4 % of this process's time.
 GC_THRESHOLD = 50_000
 EXIT_USAGE = 2

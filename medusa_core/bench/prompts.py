@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
 from medusa_core.errors import ConfigError
 from medusa_core.params import SamplingParams
+from medusa_core.text.json_lines import read_json_lines
 from medusa_core.text.processor import TextProcessor
 
 SYNTHETIC_CATEGORY = "synthetic"
@@ -50,13 +49,7 @@ def read_questions(path: Path, num_questions: int | None = None) -> list[Questio
     num_questions: so many, evenly spread over the file, so that every category keeps its share. Raises ConfigError naming line and
     field.
     """
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise ConfigError(f"--prompts {path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"--prompts {path} is not UTF-8: {error}.") from error
-    questions = [_parse_question(line, f"{path}, line {number}") for number, line in enumerate(lines, start=1) if line.strip()]
+    questions = [_parse_question(data, where) for where, data in read_json_lines(path, f"--prompts {path}")]
     if not questions:
         raise ConfigError(f"--prompts {path} holds no questions.")
     if num_questions is None:
@@ -66,11 +59,7 @@ def read_questions(path: Path, num_questions: int | None = None) -> list[Questio
     return [questions[number * len(questions) // num_questions] for number in range(num_questions)]
 
 
-def _parse_question(line: str, where: str) -> Question:
-    try:
-        data: Any = msgspec.json.decode(line.encode())
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error}).") from error
+def _parse_question(data: Any, where: str) -> Question:
     if not isinstance(data, dict):
         raise ConfigError(f'{where}: expected an object with "question_id", "category" and "turns".')
     question_id, category, turns = (data.get(name) for name in ("question_id", "category", "turns"))

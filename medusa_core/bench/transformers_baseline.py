@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from medusa_core.bench.prompts import TokenPrompt
 from medusa_core.bench.records import RequestRecord, RunRecord
 from medusa_core.config import ModelConfig
 from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.runtime.memory import release_memory
 
 VARIANT = "transformers"
 _WARM_UP_TOKENS = 8
@@ -45,9 +45,7 @@ def run_transformers(
     indices_left = tqdm(indices, desc=VARIANT, unit="request", disable=not progress)
     records = [_generate(loaded, prompts[index], index, max_tokens, ignore_eos) for index in indices_left]
     del loaded
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    release_memory()
     return RunRecord(variant=VARIANT, concurrency=1, repetition=0, requests=records)
 
 

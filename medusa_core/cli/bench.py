@@ -5,8 +5,6 @@ A command checks its options, makes its folder, and then does what takes long in
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -76,6 +74,7 @@ from medusa_core.cli.options import (
     model_config,
     number_list,
 )
+from medusa_core.cli.start import start_command
 from medusa_core.config import CacheConfig, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
 from medusa_core.engine.core import EngineCore
@@ -128,7 +127,7 @@ def throughput(
     verbose: VerboseOption = False,
 ) -> None:
     """Tokens per second of the engine itself, in this process, plain and with speculation in turns."""
-    progress = _start(no_plots, verbose)
+    progress = start_command(verbose=verbose, has_plots=not no_plots)
     questions, shape = prompt_source(context)
     loads, names = number_list("--concurrency", concurrency), parse_variants(variants)
     params = SamplingParams(
@@ -209,7 +208,7 @@ def latency(
     verbose: VerboseOption = False,
 ) -> None:
     """What one step costs, beside the time that reading the weights takes; first tokens; decoding while prompts arrive."""
-    progress = _start(no_plots, verbose)
+    progress = start_command(verbose=verbose, has_plots=not no_plots)
     plan = LatencyPlan(
         lanes=number_list("--lanes", lanes),
         context_len=context_len,
@@ -260,7 +259,7 @@ def server(
     verbose: VerboseOption = False,
 ) -> None:
     """Load on any OpenAI-compatible server, streaming chat completions from several processes."""
-    progress = _start(no_plots, verbose)
+    progress = start_command(verbose=verbose, has_plots=not no_plots)
     if concurrency is not None and request_rate is not None:
         raise ConfigError("--concurrency is a closed loop and --request-rate an open one.", hint="Leave one of them out.")
     questions, shape = prompt_source(context)
@@ -301,14 +300,6 @@ def render(folder: Annotated[Path, typer.Argument(help="Output of an earlier ben
     require_matplotlib()
     prepare_folder(folder)
     print(write_report(report, folder, has_plots=True))
-
-
-def _start(no_plots: bool, verbose: bool) -> bool:
-    """Set up logging, and make sure that plots can be drawn. Returns whether to draw progress bars."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
-    if not no_plots:
-        require_matplotlib()
-    return sys.stderr.isatty()
 
 
 def _token_prompts(

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import gc
-import logging
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 
-from medusa_core.bench.plots import require_matplotlib
 from medusa_core.bench.prompts import read_questions, render_questions
 from medusa_core.cli.options import (
     DeviceOption,
@@ -28,6 +23,7 @@ from medusa_core.cli.options import (
     VerboseOption,
     model_config,
 )
+from medusa_core.cli.start import start_command
 from medusa_core.config import NODE_BUCKETS, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
@@ -35,6 +31,7 @@ from medusa_core.model.calibration import Calibration, calibration_path, save_ca
 from medusa_core.model.checkpoint import find_heads, load_heads
 from medusa_core.model.loader import load_model
 from medusa_core.params import SamplingParams
+from medusa_core.runtime.memory import release_memory
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.measure import Position, calibrate, tokens_per_step
@@ -62,7 +59,7 @@ def calibrate_heads(
     verbose: VerboseOption = False,
 ) -> None:
     """Measure heads on the model's own greedy answers, and choose the tree that the server then offers."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    progress = start_command(verbose=verbose, has_plots=not no_plots)
     if heads == "none":
         raise ConfigError("There is nothing to calibrate with --heads none.", hint="Name the heads.")
     if model is None and heads is None and output is None:
@@ -71,9 +68,6 @@ def calibrate_heads(
         raise ConfigError(f"--output {output} is where the picture would go.", hint="Name a .json file.")
     if output is not None and not output.parent.is_dir():
         raise ConfigError(f"--output {output}: there is no folder {output.parent}.")
-    if not no_plots:
-        require_matplotlib()
-    progress = sys.stderr.isatty()
     config = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
     questions = read_questions(prompts, num_prompts)
     engine_config = EngineConfig(
@@ -91,8 +85,7 @@ def calibrate_heads(
     answers = answer_prompts(core, rendered, params, progress=progress)
     # The model's layers may have been replaced by fused or packed ones, and the cache takes most of the memory: load it anew.
     del core
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_memory()
 
     what = f"{len(questions)} prompts of {prompts.name}, greedy answers of up to {max_tokens} tokens"
     calibration, positions, heads_path = _measure(config, answers, what, progress)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import secrets
 import sys
 from typing import Annotated
@@ -29,6 +28,7 @@ from medusa_core.cli.options import (
     parse_tree_size,
 )
 from medusa_core.cli.run import RunReport, run_prompt
+from medusa_core.cli.start import start_command
 from medusa_core.config import (
     CacheConfig,
     EngineConfig,
@@ -64,7 +64,7 @@ def generate(
     verbose: VerboseOption = False,
 ) -> None:
     """Answer one prompt and print speed, acceptance length and steps."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    start_command(verbose=verbose)
     if compare and no_speculation:
         raise ConfigError("--compare runs with speculation as well, so it cannot be used with --no-speculation.")
     config = EngineConfig(

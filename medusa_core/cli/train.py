@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import logging
 import math
@@ -15,11 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
-import torch
 import typer
 from tqdm import tqdm
 
-from medusa_core.bench.plots import require_matplotlib
 from medusa_core.cli.bench_checks import is_given
 from medusa_core.cli.options import (
     DeviceOption,
@@ -32,18 +29,26 @@ from medusa_core.cli.options import (
     VerboseOption,
     model_config,
 )
+from medusa_core.cli.start import start_command
 from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
 from medusa_core.model.calibration import find_calibration
 from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.runtime.memory import release_memory
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer
 from medusa_core.training.log import TrainingLog
 from medusa_core.training.losses import LossWeights
 from medusa_core.training.packing import Row, check_packing, pack_samples
 from medusa_core.training.samples import Sample, answer_sample, read_samples
-from medusa_core.training.self_generation import GenerationPlan, generate_conversations, read_conversations
+from medusa_core.training.self_generation import (
+    GenerationPlan,
+    check_origin,
+    generate_conversations,
+    origin,
+    read_conversations,
+)
 from medusa_core.training.trainable import export_heads
 from medusa_core.training.trainer import Trainer, TrainingPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
@@ -99,15 +104,12 @@ def train(
     verbose: VerboseOption = False,
 ) -> None:
     """Train Medusa heads on a model that stays as it is. Run the same command again to go on where it was stopped."""
-    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    progress = start_command(verbose=verbose, has_plots=not no_plots)
     loss = LossWeights(cross_entropy=cross_entropy, distillation=distillation, total_variation=total_variation, decay=decay)
     plan = TrainingPlan(
         num_heads=num_heads, num_layers=num_layers, epochs=epochs, rows_per_update=rows_per_update,
         learning_rate=learning_rate, warmup_share=warmup_share, ema_decay=ema_decay, seed=seed, loss=loss,
     )  # fmt: skip
-    if not no_plots:
-        require_matplotlib()
-    progress = sys.stderr.isatty()
     config = model_config(model, "none", revision, dtype, device, max_model_len, trust_remote_code)
     _check_options(context, output, has_data=bool(data))
     generation = GenerationPlan(num_tokens=num_tokens, round_size=_ROUND_PER_LANE * max_num_seqs, seed=seed)
@@ -117,6 +119,8 @@ def train(
             print(f"stopped while conversations were written, which are in {output / _CONVERSATIONS}; the same command goes on")
             return
         loaded = load_model(config, progress=progress)
+        if not data:
+            check_origin(output / _CONVERSATIONS, origin(loaded.name, loaded.dtype, loaded.vocab_size, generation))
         check_packing(loaded)
         text = TextProcessor.load(loaded.folder, trust_remote_code=trust_remote_code)
         samples = _given(data or [], text) if conversations is None else map(answer_sample, conversations)
@@ -209,8 +213,7 @@ def _conversations(
     text = TextProcessor.load(core.info.tokenizer_path, trust_remote_code=config.trust_remote_code)
     generate_conversations(core, text, plan, folder, should_stop=should_stop, progress=progress)
     del core
-    gc.collect()
-    torch.cuda.empty_cache()
+    release_memory()
     return read_conversations(folder, plan.num_tokens)
 
 

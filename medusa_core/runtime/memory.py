@@ -1,7 +1,8 @@
-"""How many KV blocks fit: the arithmetic, and the message when they do not."""
+"""How many KV blocks fit: the arithmetic, and the message when they do not. And giving memory back."""
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import torch
@@ -22,6 +23,12 @@ def free_memory_bytes(device: torch.device) -> int:
     meminfo = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
     available = int(meminfo["MemAvailable"].split()[0]) * 1024
     return min(available, _cgroup_free_bytes(Path("/sys/fs/cgroup"), available))
+
+
+def release_memory() -> None:
+    """Give back what a model or an engine has held, once the last name for it is gone: for the next one in this process."""
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _cgroup_free_bytes(folder: Path, default: int) -> int:

@@ -19,6 +19,7 @@ from typing import Any
 import msgspec
 
 from medusa_core.errors import ConfigError, InvalidParameterError
+from medusa_core.text.json_lines import read_json_lines
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer
 
@@ -35,8 +36,7 @@ class Sample:
 
 def read_samples(path: Path, text: TextProcessor) -> Iterator[Sample]:
     """The conversations and texts of a file, one after the other. Raises ConfigError naming line and field."""
-    for where, line in _lines(path):
-        data: Any = _decode(line, where)
+    for where, data in read_json_lines(path, str(path)):
         if isinstance(data, dict) and isinstance(data.get("messages"), list):
             yield _conversation(data["messages"], where, text)
         elif isinstance(data, dict) and isinstance(data.get("text"), str) and data["text"]:
@@ -99,23 +99,3 @@ def _conversation(messages: list[Any], where: str, text: TextProcessor) -> Sampl
     if not token_ids:
         raise ConfigError(f"{where}: the conversation has no message of the assistant, so there is nothing to learn.")
     return Sample(token_ids=token_ids, learned=learned)
-
-
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(where, line) of each line that is not empty."""
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield f"{path}, line {number}", line
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8: {error}.") from error
-
-
-def _decode(line: str, where: str) -> Any:
-    try:
-        return msgspec.json.decode(line.encode())
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"{where}: not JSON ({error}).") from error

@@ -16,6 +16,7 @@ import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -69,7 +70,7 @@ def generate_conversations(
     format cannot be taken apart, or one that writes no questions.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    _check_origin(core, plan, folder)
+    check_origin(folder, origin(core.info.model_name, core.info.dtype, core.info.vocab_size, plan))
     known: set[str] = set()
     num_tokens = number = 0
     with tqdm(total=plan.num_tokens, desc="writing", unit="token", unit_scale=True, disable=not progress) as bar:
@@ -103,10 +104,15 @@ def read_conversations(folder: Path, num_tokens: int) -> list[Answer] | None:
     return answers
 
 
-def _check_origin(core: EngineCore, plan: GenerationPlan, folder: Path) -> None:
-    """All rounds of a folder come from one model and one plan, but for how many tokens there shall be."""
-    origin = {"model": core.info.model_name, "dtype": core.info.dtype, "vocab_size": core.info.vocab_size, **asdict(plan)}
-    del origin["num_tokens"]
+def origin(model_name: str, dtype: object, vocab_size: int, plan: GenerationPlan) -> dict[str, Any]:
+    """What all rounds of a folder have in common: the model and the plan, but for how many tokens there shall be."""
+    parts = {"model": model_name, "dtype": str(dtype).removeprefix("torch."), "vocab_size": vocab_size, **asdict(plan)}
+    del parts["num_tokens"]
+    return parts
+
+
+def check_origin(folder: Path, origin: dict[str, Any]) -> None:
+    """Raises ConfigError for conversations of another origin; writes it down where there are none yet."""
     content = json.dumps(origin, indent=2) + "\n"
     file = folder / _ORIGIN_FILE
     if not file.exists():

@@ -178,7 +178,7 @@ class Trainer:
         hits_K2 = torch.zeros(self.plan.num_heads, 2)
         counts_K = torch.zeros(self.plan.num_heads)
         for row in rows:
-            hidden_TE, target_TK = self._read(row)
+            hidden_TE, target_TK = self._read(row), row.targets(self.plan.num_heads)
             for head in range(self.plan.num_heads):
                 for at_N in _parts(target_TK[:, head]):
                     best_NC = self._logits(self.trained, hidden_TE[at_N], head).topk(num_candidates, dim=-1).indices
@@ -210,13 +210,13 @@ class Trainer:
 
     def _learn(self, rows: Sequence[Row]) -> float:
         """Add the gradients of an update, in which every position counts the same, whichever row it is in. Returns its loss."""
-        targets = torch.stack([row.targets(self.plan.num_heads) for row in rows])
-        num_positions_K = (targets != NO_TARGET).sum(dim=(0, 1))
-        return sum([self._learn_row(row, num_positions_K) for row in rows])
+        targets = [row.targets(self.plan.num_heads) for row in rows]
+        num_positions_K = (torch.stack(targets) != NO_TARGET).sum(dim=(0, 1))
+        return sum([self._learn_row(row, target_TK, num_positions_K) for row, target_TK in zip(rows, targets, strict=True)])
 
-    def _learn_row(self, row: Row, num_positions_K: Tensor) -> float:
+    def _learn_row(self, row: Row, target_TK: Tensor, num_positions_K: Tensor) -> float:
         """One row's share. num_positions_K: of the whole update."""
-        hidden_TE, target_TK = self._read(row)
+        hidden_TE = self._read(row)
         teacher_TV = None
         if self.plan.loss.needs_teacher:
             with torch.no_grad():
@@ -234,13 +234,14 @@ class Trainer:
         return total
 
     @torch.no_grad()
-    def _read(self, row: Row) -> tuple[Tensor, Tensor]:
-        """Hidden states behind the final norm [T, E] and targets [T, K], on the device."""
+    def _read(self, row: Row) -> Tensor:
+        """Hidden states behind the final norm, [T, E]."""
         device = self._loaded.device
         output = self._loaded.base_model(
             input_ids=row.token_ids_T[None].to(device), position_ids=row.position_ids_T[None].to(device), use_cache=False
         )
-        return output.last_hidden_state[0], row.targets(self.plan.num_heads).to(device)
+        hidden_TE: Tensor = output.last_hidden_state[0]
+        return hidden_TE
 
     def _logits(self, heads: TrainableHeads, hidden_NE: Tensor, head: int) -> Tensor:
         """Draft logits, float32 [N, V]. The base model's dtype is used for the products, the heads' weights are float32."""
@@ -251,7 +252,7 @@ class Trainer:
         return logits_NV
 
     def _draft_targets(self, target_N: Tensor) -> Tensor:
-        return self._draft_ids[target_N.cpu()].to(target_N.device)
+        return self._draft_ids[target_N].to(self._loaded.device)
 
     def _learning_rate_factor(self, update: int) -> float:
         num_warmup = int(self.plan.warmup_share * self.num_updates)

@@ -25,9 +25,8 @@ def choose_draft_vocabulary(rows: Iterable[Row], vocab_size: int, num_tokens: in
 
 
 def draft_ids(token_map_V: Tensor | None, vocab_size: int) -> Tensor:
-    """The draft id of each base id, int64 [vocab_size + 1]: NO_TARGET for tokens that are not drafted, and, as the last entry,
-    for NO_TARGET itself."""
-    ids = torch.full((vocab_size + 1,), NO_TARGET, dtype=torch.int64)
+    """The draft id of each base id, int64 [vocab_size]; NO_TARGET for tokens that are not drafted."""
+    ids = torch.full((vocab_size,), NO_TARGET, dtype=torch.int64)
     base_ids = torch.arange(vocab_size) if token_map_V is None else token_map_V.cpu()
     ids[base_ids] = torch.arange(len(base_ids))
     return ids

@@ -109,6 +109,10 @@ def test_without_data_the_model_writes_its_own(train, tiny, tmp_path):
     assert code == 0, err
     assert list((output / "conversations").glob("round-*.jsonl"))
     assert (output / "medusa_lm_head.safetensors").exists()
+    # Complete as they are, they belong to this model and these options.
+    code, _, err = train(*arguments, "--seed", "9")
+    assert code == 2
+    assert "written with other options (see origin.json)" in err
 
 
 @pytest.mark.parametrize(

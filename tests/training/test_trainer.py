@@ -228,7 +228,7 @@ def test_the_average_of_a_short_run_is_not_that_of_its_beginning(loaded, rows):
     start = Trainer(loaded, rows, PLAN, None).heads
 
     def distance(a, b):
-        return sum(float((x - y).norm()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+        return sum(float((x - y).detach().norm()) for x, y in zip(a.parameters(), b.parameters(), strict=True))
 
     assert distance(trainer.trained, trainer.heads) < 0.5 * distance(start, trainer.heads)
 
