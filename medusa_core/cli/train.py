@@ -11,9 +11,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from tqdm import tqdm
 
@@ -34,10 +36,12 @@ from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, Scheduler
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
 from medusa_core.model.calibration import find_calibration
-from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.model.loader import LoadedModel, load_model, use_fast_attention
+from medusa_core.model.sequential_heads import HeadsShape
 from medusa_core.runtime.memory import release_memory
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer
+from medusa_core.training.export import export_heads
 from medusa_core.training.log import TrainingLog
 from medusa_core.training.losses import LossWeights
 from medusa_core.training.packing import Row, check_packing, pack_samples
@@ -49,12 +53,12 @@ from medusa_core.training.self_generation import (
     origin,
     read_conversations,
 )
-from medusa_core.training.trainable import export_heads
 from medusa_core.training.trainer import Trainer, TrainingPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 
 logger = logging.getLogger(__name__)
 
+_SHAPE = HeadsShape()
 _PLAN = TrainingPlan()
 _LOSS = LossWeights()
 _HEADS_FILE = "medusa_lm_head.safetensors"
@@ -70,6 +74,14 @@ _VALIDATION_SHARE, _MAX_VALIDATION_ROWS = 50, 32
 _SAVE_EVERY_S = 120.0
 
 
+class OutputLayer(StrEnum):
+    """Choices of --output-layer."""
+
+    SHARED = "shared"
+    OWN = "own"
+    LOW_RANK = "low-rank"
+
+
 def train(
     context: typer.Context,
     output: Annotated[Path, typer.Option(help="Folder for the heads, the log, and all that is needed to go on.")],
@@ -77,8 +89,19 @@ def train(
     num_tokens: Annotated[int, typer.Option(min=1, help="Without --data: tokens of answers the model writes.")] = _DEFAULT_TOKENS,
     max_num_seqs: Annotated[int, typer.Option(min=1, help="Without --data: conversations written at once.")] = 256,
     max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after so long; the same command goes on.")] = None,
-    num_heads: Annotated[int, typer.Option(min=1, help="Heads, each for a token further ahead.")] = _PLAN.num_heads,
-    num_layers: Annotated[int, typer.Option(min=1, help="Residual blocks per head.")] = _PLAN.num_layers,
+    num_heads: Annotated[int, typer.Option(min=1, help="Heads, each for a token further ahead.")] = _SHAPE.num_heads,
+    num_layers: Annotated[int, typer.Option(min=1, help="Blocks per head.")] = _SHAPE.num_layers,
+    sequential: Annotated[
+        bool, typer.Option("--sequential/--independent", help="Whether a head reads the tokens that those in front of it guess.")
+    ] = _SHAPE.is_sequential,
+    mlp_size: Annotated[
+        int | None,
+        typer.Option(min=0, help="Width of the blocks, by default the hidden size; 0 for the residual blocks of the Medusa paper."),
+    ] = None,
+    output_layer: Annotated[OutputLayer, typer.Option(help="Whose output layer heads use.")] = OutputLayer.SHARED,
+    markov: Annotated[bool, typer.Option("--markov", help="Correct the logits by the token in front.")] = False,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the correction of --markov and --output-layer low-rank.")] = _SHAPE.rank,
+    int8: Annotated[bool, typer.Option("--int8", help="Write the weights in 8 bits.")] = False,
     draft_vocab_size: Annotated[int, typer.Option(min=16, help="Most frequent tokens that heads may guess.")] = 32_768,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = _PLAN.epochs,
     row_len: Annotated[
@@ -106,8 +129,14 @@ def train(
     """Train Medusa heads on a model that stays as it is. Run the same command again to go on where it was stopped."""
     progress = start_command(verbose=verbose, has_plots=not no_plots)
     loss = LossWeights(cross_entropy=cross_entropy, distillation=distillation, total_variation=total_variation, decay=decay)
+    shape = HeadsShape(
+        num_heads=num_heads, num_layers=num_layers, is_sequential=sequential, mlp_size=mlp_size, output=output_layer.value,
+        has_markov_term=markov, rank=rank,
+    )  # fmt: skip
+    if is_given(context, "rank") and not shape.has_correction:
+        raise ConfigError("--rank is that of a correction, and there is none.", hint="Add --markov or --output-layer low-rank.")
     plan = TrainingPlan(
-        num_heads=num_heads, num_layers=num_layers, epochs=epochs, rows_per_update=rows_per_update,
+        shape=shape, epochs=epochs, rows_per_update=rows_per_update,
         learning_rate=learning_rate, warmup_share=warmup_share, ema_decay=ema_decay, seed=seed, loss=loss,
     )  # fmt: skip
     config = model_config(model, "none", revision, dtype, device, max_model_len, trust_remote_code)
@@ -119,6 +148,7 @@ def train(
             print(f"stopped while conversations were written, which are in {output / _CONVERSATIONS}; the same command goes on")
             return
         loaded = load_model(config, progress=progress)
+        use_fast_attention(loaded)
         if not data:
             check_origin(output / _CONVERSATIONS, origin(loaded.name, loaded.dtype, loaded.vocab_size, generation))
         check_packing(loaded)
@@ -130,7 +160,8 @@ def train(
         is_finished = _run(trainer, output, should_stop, progress)
         accuracies = trainer.validate(validation_rows) if validation_rows else []
         metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
-        export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=loaded.dtype, metadata=metadata)
+        heads_dtype = torch.int8 if int8 else loaded.dtype
+        export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=heads_dtype, metadata=metadata)
         if not no_plots:
             TrainingLog.plot(output)
     _report(trainer, accuracies, output, model, is_finished)

@@ -19,7 +19,7 @@ from medusa_core.errors import ConfigError
 from medusa_core.model.attention_hook import install_attention, probe_layer_shapes
 from medusa_core.model.calibration import Calibration, find_calibration, load_calibration
 from medusa_core.model.checkpoint import find_heads, load_heads
-from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel, load_model
 from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 class CalibratedHeads:
     """Heads and, if they were measured, what came of it."""
 
-    heads: MedusaHeads
+    heads: DraftHeads
     calibration: Calibration | None = None
 
 

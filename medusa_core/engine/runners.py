@@ -15,7 +15,7 @@ from medusa_core.attention.segments import AttentionBackend
 from medusa_core.config import NODE_BUCKETS, EngineConfig
 from medusa_core.errors import ConfigError
 from medusa_core.model.attention_hook import forward_hidden
-from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.runtime.buckets import decode_buckets
 from medusa_core.runtime.kv_store import KVStore
@@ -24,6 +24,7 @@ from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.runtime.self_check import AttentionReference
 from medusa_core.scheduler.costs import CapturedCosts, CostCurve, PackedCosts, StepCosts
+from medusa_core.speculation.drafter import make_drafter
 from medusa_core.tree.topology import TreeTopology
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ def is_captured(config: EngineConfig, device: torch.device) -> bool:
     return True
 
 
-def fuse(loaded: LoadedModel, heads: MedusaHeads | None) -> None:
+def fuse(loaded: LoadedModel, heads: DraftHeads | None) -> None:
     """Swap what can be fused, in place: decoder layers, norm, rotary embedding, output projections."""
     from medusa_core.model.fusion import fuse_model, fuse_projection
 
@@ -71,7 +72,7 @@ class RunnerParts:
 
     config: EngineConfig
     loaded: LoadedModel
-    heads: MedusaHeads | None
+    heads: DraftHeads | None
     layer_shapes: list[LayerShape]
     topology: TreeTopology
     node_sizes: tuple[int, ...]
@@ -91,7 +92,7 @@ class RunnerParts:
         return DeviceModel(
             forward=partial(forward_hidden, loaded.model),
             project=loaded.project,
-            draft=None if heads is None else partial(heads.topk, project=loaded.project),
+            drafter=None if heads is None else make_drafter(heads, loaded),
             eos_token_ids=loaded.eos_token_ids,
             device=loaded.device,
             best_token=loaded.project.best_token,

@@ -33,6 +33,7 @@ __all__ = [
     "fit_config",
     "fold_norm",
     "gated_linear",
+    "gated_product",
     "heads_block",
     "interleave",
     "is_skinny",
@@ -148,6 +149,15 @@ def gated_linear(
     hidden_TE, norm_eps = _norm_apart(hidden_TE, eps, config, use_pdl)
     out_TI = hidden_TE.new_empty(hidden_TE.shape[0], weight_2IE.shape[0] // 2)
     return skinny_product(hidden_TE, weight_2IE, config, out=out_TI, epilogue="gated", norm_eps=norm_eps, use_pdl=use_pdl)
+
+
+def gated_product(x_TE: Tensor, weight_2IE: Tensor, *, config: SkinnyConfig | None = None, use_pdl: bool = False) -> Tensor:
+    """silu(gate) * up: [T, I]. weight_2IE: gate and up alternate (`interleave`). config: as for `norm_linear`."""
+    config = config or _default_config(x_TE, weight_2IE)
+    if config is None:
+        return silu_mul(functional.linear(x_TE, weight_2IE), use_pdl=use_pdl)
+    out_TI = x_TE.new_empty(x_TE.shape[0], weight_2IE.shape[0] // 2)
+    return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", use_pdl=use_pdl)
 
 
 def linear_residual(

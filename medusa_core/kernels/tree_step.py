@@ -4,7 +4,7 @@
 ids and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
-X block-table width · E hidden · K heads · C candidates per head.
+X block-table width · E hidden · R lists of candidates · C candidates per list.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ def _slot(block_table, lane, column, block_size: tl.constexpr, table_width, spar
 def _pack_kernel(
     lane_ptr,
     candidates,
+    list_ptr,
     depth_ptr,
     rank_ptr,
     num_known,
@@ -45,7 +46,7 @@ def _pack_kernel(
     table_width,
     spare_slot,
     max_position,
-    num_heads,
+    num_lists,
     num_candidates,
     out_token,
     out_position,
@@ -69,9 +70,10 @@ def _pack_kernel(
     depth = tl.load(depth_ptr + node, mask=is_node, other=0)
     token = tl.load(tokens + lane * tokens_stride + base + node * 0)
     if has_draft:
-        rank = tl.load(rank_ptr + node, mask=is_node, other=0)
         is_draft = is_node & (node > 0)
-        drafted = tl.load(candidates + (b * num_heads + depth - 1) * num_candidates + rank, mask=is_draft, other=0)
+        list_idx = tl.load(list_ptr + node, mask=is_draft, other=0)
+        rank = tl.load(rank_ptr + node, mask=is_draft, other=0)
+        drafted = tl.load(candidates + (b * num_lists + list_idx) * num_candidates + rank, mask=is_draft, other=0)
         token = tl.where(node == 0, token, drafted)
     row = b * num_nodes + node
     tl.store(out_token + row, token, mask=is_node)
@@ -171,8 +173,9 @@ def _walk_kernel(
 
 def pack_trees(
     lane_B: Tensor,
-    candidates_BKC: Tensor | None,
+    candidates_BRC: Tensor | None,
     *,
+    list_N: Tensor,
     depth_N: Tensor,
     rank_N: Tensor,
     num_known_P: Tensor,
@@ -187,7 +190,7 @@ def pack_trees(
     """Rows of one decode step, from lane state. All tensors int64 and contiguous.
 
     Args:
-        candidates_BKC: each head's best tokens; None only for a tree of one node.
+        candidates_BRC: lists of tokens, best first; node n is number rank_N[n] of list list_N[n]. None only for a tree of one node.
         max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). Attention reads some
             of the results ahead, so a kernel without must come in between; the embedding is one.
@@ -197,14 +200,15 @@ def pack_trees(
         drawn at the row), lane_T, base_B (committed tokens: the root's position).
     """
     num_lanes, num_nodes = lane_B.shape[0], depth_N.shape[0]
-    if candidates_BKC is None and num_nodes > 1:
+    if candidates_BRC is None and num_nodes > 1:
         raise ValueError("a tree of more than one node needs candidates")
-    candidates = lane_B if candidates_BKC is None else candidates_BKC.contiguous()
+    candidates = lane_B if candidates_BRC is None else candidates_BRC.contiguous()
     token_T, position_T, slot_T, index_T, lane_T = lane_B.new_empty(5, num_lanes * num_nodes)
     base_B = torch.empty_like(lane_B)
     _pack_kernel[(num_lanes,)](
         lane_B,
         candidates,
+        list_N,
         depth_N,
         rank_N,
         num_known_P,
@@ -215,8 +219,8 @@ def pack_trees(
         block_table_PX.shape[1],
         spare_slot,
         max_position,
-        1 if candidates_BKC is None else candidates_BKC.shape[1],
-        1 if candidates_BKC is None else candidates_BKC.shape[2],
+        1 if candidates_BRC is None else candidates_BRC.shape[1],
+        1 if candidates_BRC is None else candidates_BRC.shape[2],
         token_T,
         position_T,
         slot_T,
@@ -226,7 +230,7 @@ def pack_trees(
         num_nodes=num_nodes,
         nodes_padded=triton.next_power_of_2(num_nodes),
         block_size=block_size,
-        has_draft=candidates_BKC is not None,
+        has_draft=candidates_BRC is not None,
         USE_PDL=use_pdl,
         num_warps=1,
         **launch_options(use_pdl),

@@ -1,11 +1,11 @@
-"""Medusa heads from files: every published layout, told apart by the tensors themselves.
+"""Heads from files: every published layout of Medusa heads and our own, told apart by the tensors themselves.
 
 Layouts (h head, l block, n = number of blocks)::
 
     FasterDecoding, TGI    [medusa_head[s].]{h}.{l}.linear.weight|bias   [medusa_head[s].]{h}.{n}.weight (own lm_head, optional)
     Medusa-2, ModelOpt     the same with the prefix, among the base model's own tensors
     vLLM                   blocks.{h}.layers.{l}.weight|bias   lm_heads.{h}.weight or lm_head.weight   token_map
-
+    ours                   the parameters of `SequentialHeads`, see model/sequential_layout.py   token_map
 Counts in config files are not read: the most used checkpoint states the wrong number of heads.
 """
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from medusa_core.config import ModelConfig
 from medusa_core.errors import HeadsMismatchError, ModelLoadError
 from medusa_core.model import demo, hub
-from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.heads import DraftHeads, MedusaHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import Projection
+from medusa_core.model.sequential_heads import SequentialHeads
+from medusa_core.model.sequential_layout import build_sequential, is_sequential_layout
 from medusa_core.model.weights import TensorFile, open_tensor_files
 
 logger = logging.getLogger(__name__)
@@ -91,7 +93,7 @@ def find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool = Tru
     return next((path for path in beside_file if config.model.endswith(".gguf") and path.is_file()), None)
 
 
-def load_heads(source: Path, loaded: LoadedModel, *, draft_vocab_size: int | None = DRAFT_VOCAB_SIZE) -> MedusaHeads:
+def load_heads(source: Path, loaded: LoadedModel, *, draft_vocab_size: int | None = DRAFT_VOCAB_SIZE) -> DraftHeads:
     """The heads in `source` (a file, or a folder as `find_heads_files` reads it), in the base model's dtype and on its device.
 
     draft_vocab_size: heads that share the base lm_head and bring no token map draft from the first so many ids; None or a number
@@ -99,19 +101,42 @@ def load_heads(source: Path, loaded: LoadedModel, *, draft_vocab_size: int | Non
 
     Raises ModelLoadError for files that cannot be read and HeadsMismatchError for tensors that do not fit the base model.
     """
-    tensors = _HeadTensors()
     with open_tensor_files(find_heads_files(source)) as files:
-        _collect(files, tensors)
         _warn_of_other_base(files, loaded, source)
+        names = {name: file for file in files for name in file.names}
+        heads: DraftHeads
+        if is_sequential_layout(names):
+            heads = _sequential(names, loaded, draft_vocab_size)
+        else:
+            heads = _medusa(files, loaded, draft_vocab_size, source)
+    logger.info("Loaded %d heads (%d block(s), %s) from %s.", heads.num_heads, heads.num_layers, heads.layout, source)
+    return heads.requires_grad_(False).eval()
+
+
+def _sequential(names: Mapping[str, TensorFile], loaded: LoadedModel, draft_vocab_size: int | None) -> SequentialHeads:
+    tensors = {name: file.read(name) for name, file in names.items()}
+    token_map_V = None
+    if "token_map" in tensors:
+        token_map_V = _checked_token_map("token_map", tensors.pop("token_map"), loaded)
+    heads = build_sequential(tensors, token_map_V, loaded)
+    if heads.own is None and heads.correction is None:
+        heads.token_map_V, heads.draft_projection = _restricted(token_map_V, loaded, draft_vocab_size)
+    elif heads.own is None and heads.vocab_size < loaded.vocab_size:
+        rows_V = torch.arange(heads.vocab_size) if token_map_V is None else token_map_V
+        heads.draft_projection = loaded.project.restricted_to(rows_V)
+    return heads
+
+
+def _medusa(files: Iterable[TensorFile], loaded: LoadedModel, draft_vocab_size: int | None, source: Path) -> MedusaHeads:
+    tensors = _HeadTensors()
+    _collect(files, tensors)
     if tensors.unknown:
         raise HeadsMismatchError(
             f"{source} holds tensors that are no Medusa heads: {_shorten(tensors.unknown)}.", hint=_WRONG_HEADS
         )
     if not tensors.weights:
         raise HeadsMismatchError(f"{source} holds no Medusa heads (no tensor like 0.0.linear.weight).", hint=_WRONG_HEADS)
-    heads = _Builder(tensors, loaded).build(draft_vocab_size)
-    logger.info("Loaded %d Medusa heads (%d block(s), %s) from %s.", heads.num_heads, heads.num_layers, heads.layout, source)
-    return heads.requires_grad_(False).eval()
+    return _Builder(tensors, loaded).build(draft_vocab_size)
 
 
 def find_heads_files(source: Path) -> list[Path]:
@@ -163,6 +188,26 @@ def _shorten(names: list[str], limit: int = 5) -> str:
 
 def _mismatch(message: str) -> NoReturn:
     raise HeadsMismatchError(message, hint=_WRONG_HEADS)
+
+
+def _checked_token_map(name: str, token_map: Tensor, loaded: LoadedModel) -> Tensor:
+    if token_map.ndim != 1 or token_map.is_floating_point():
+        _mismatch(f"Heads tensor {name} is {token_map.dtype} {list(token_map.shape)}, it must be a list of token ids.")
+    if not len(token_map) or int(token_map.min()) < 0 or int(token_map.max()) >= loaded.vocab_size:
+        _mismatch(f"Heads tensor {name} holds token ids outside the base vocabulary of {loaded.vocab_size}.")
+    return token_map.to(device=loaded.device, dtype=torch.int64)
+
+
+def _restricted(
+    token_map_V: Tensor | None, loaded: LoadedModel, draft_vocab_size: int | None
+) -> tuple[Tensor | None, Projection | None]:
+    """Token map and projection of heads that use the base model's output layer; (None, None) means all of it."""
+    project = loaded.project
+    if token_map_V is not None:
+        return token_map_V, project.restricted_to(token_map_V)
+    if draft_vocab_size is not None and draft_vocab_size < loaded.vocab_size and isinstance(project.linear, nn.Linear):
+        return None, project.restricted_to(torch.arange(draft_vocab_size))
+    return None, None
 
 
 class _Builder:
@@ -237,25 +282,16 @@ class _Builder:
     def _token_map(self) -> Tensor | None:
         if self.tensors.token_map is None:
             return None
-        name, token_map = self.tensors.token_map
-        if token_map.ndim != 1 or token_map.is_floating_point():
-            _mismatch(f"Heads tensor {name} is {token_map.dtype} {list(token_map.shape)}, it must be a list of token ids.")
-        if not len(token_map) or int(token_map.min()) < 0 or int(token_map.max()) >= self.loaded.vocab_size:
-            _mismatch(f"Heads tensor {name} holds token ids outside the base vocabulary of {self.loaded.vocab_size}.")
-        return token_map.to(device=self.loaded.device, dtype=torch.int64)
+        return _checked_token_map(*self.tensors.token_map, self.loaded)
 
     def _shared_output(self, token_map_V: Tensor | None, draft_vocab_size: int | None) -> tuple[Tensor | None, Projection | None]:
         """Token map and projection of heads that share one output layer; (None, None) means the base model's own projection."""
-        project, vocab_size = self.loaded.project, self.loaded.vocab_size
+        project = self.loaded.project
         if (shipped := self._shipped_lm_head(token_map_V)) is not None:
             linear = nn.Linear(self.hidden_size, len(shipped), bias=False, device="meta")
             linear.weight = nn.Parameter(shipped, requires_grad=False)
             return token_map_V, Projection(linear, multiplier=project.multiplier, softcap=project.softcap)
-        if token_map_V is not None:
-            return token_map_V, project.restricted_to(token_map_V)
-        if draft_vocab_size is not None and draft_vocab_size < vocab_size and isinstance(project.linear, nn.Linear):
-            return None, project.restricted_to(torch.arange(draft_vocab_size))
-        return None, None
+        return _restricted(token_map_V, self.loaded, draft_vocab_size)
 
     def _shipped_lm_head(self, token_map_V: Tensor | None) -> Tensor | None:
         """The shared lm_head that came with the heads [V', E]; None if there is none or it is the base model's."""

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medusa_core.model.projection import Projection
+from medusa_core.model.sequential_heads import SequentialHeads
 
 
 class MedusaHeads(nn.Module):
@@ -113,16 +114,23 @@ class MedusaHeads(nn.Module):
             return ids.view(*logits_BKV.shape[:2], num_candidates)
         return self._base_ids(logits_BKV.topk(num_candidates, dim=-1).indices)
 
-    def topk_with_logprobs(
-        self, hidden_BE: Tensor, num_candidates: int, project: Callable[[Tensor], Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        """As `topk`, and the tokens' log-probabilities, float32 [B, K, C]. Apart, since normalising costs more than the top-k."""
-        logits_BKV = self(hidden_BE, project)
-        top_BKC, draft_ids_BKC = logits_BKV.topk(num_candidates, dim=-1)
-        return self._base_ids(draft_ids_BKC), top_BKC - logits_BKV.logsumexp(dim=-1, keepdim=True)
+    def candidates_along(
+        self,
+        hidden_RE: Tensor,
+        before_RK: Tensor,
+        num_candidates: int,
+        *,
+        project: Callable[[Tensor], Tensor],
+        embed: Callable[[Tensor], Tensor],
+    ) -> Tensor:
+        """As `SequentialHeads.candidates_along`; independent heads do not look at the tokens in between."""
+        return self.topk(hidden_RE, self.num_heads, num_candidates, project=project)
 
     def _base_ids(self, draft_ids: Tensor) -> Tensor:
         return draft_ids if self.token_map_V is None else self.token_map_V[draft_ids]
+
+
+DraftHeads = MedusaHeads | SequentialHeads
 
 
 def _residual_block(x_KBE: Tensor, weight_KEE: Tensor, bias_KE: Tensor | None) -> Tensor:

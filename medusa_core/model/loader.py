@@ -206,3 +206,11 @@ def _eos_token_ids(folder: Path, config: PretrainedConfig) -> tuple[int, ...]:
 
 def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def use_fast_attention(loaded: LoadedModel) -> None:
+    """Set the model to torch's fused attention, for long rows; where transformers does not offer it, the plain one stays."""
+    try:
+        loaded.model.set_attn_implementation("sdpa")
+    except ValueError as error:
+        logger.info("%s keeps plain attention: %s", loaded.name, error)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from medusa_core.errors import ModelLoadError
-from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel
 
 logger = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def probe_token_ids(loaded: LoadedModel, *, trust_remote_code: bool = False) -> 
 
 
 @torch.inference_mode()
-def probe_heads(heads: MedusaHeads, loaded: LoadedModel, token_ids: list[int]) -> ProbeResult:
+def probe_heads(heads: DraftHeads, loaded: LoadedModel, token_ids: list[int]) -> ProbeResult:
     """Accuracy of the heads along `token_ids`, where that text follows the model's greedy choice; warns when it is near zero.
 
     Runs the model once, on the attention implementation it is set to, which must be one of transformers' own (as `load_model`
@@ -57,7 +57,10 @@ def probe_heads(heads: MedusaHeads, loaded: LoadedModel, token_ids: list[int]) -
     ids_T = torch.tensor(token_ids, device=loaded.device)
     hidden_TE = loaded.base_model(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
     greedy_T = loaded.project(hidden_TE).argmax(dim=-1)
-    drafted_TKC = heads.topk(hidden_TE, heads.num_heads, _NUM_CANDIDATES, project=loaded.project)
+    before_TK = torch.stack([ids_T.roll(-1 - head) for head in range(heads.num_heads)], dim=1)
+    drafted_TKC = heads.candidates_along(
+        hidden_TE, before_TK, _NUM_CANDIDATES, project=loaded.project, embed=loaded.model.get_input_embeddings()
+    )
     shares = [_head_accuracy(drafted_TKC[:, head], ids_T, greedy_T, head) for head in range(heads.num_heads)]
     top1, top10, num_positions = zip(*shares, strict=True)
     result = ProbeResult(top1=top1, top10=top10, num_positions=num_positions)

@@ -104,12 +104,16 @@ class DecodeStep:
         self.result_BR = lane_B.new_zeros(lane_B.shape[0], tree.max_depth + 1 + NUM_RESULT_COLUMNS)
         self._parts = parts
         self._is_greedy = is_greedy
+        drafter = parts.model.drafter
+        # a tree of one node takes nothing from a list
+        self._list_N = tree.parent_N if drafter is None else drafter.lists_of(tree)
 
     def __call__(self) -> None:
         parts, lanes, tree = self._parts, self._parts.lanes, self.tree
         token_T, position_T, slot_T, index_T, lane_T, base_B = pack_trees(
             self.lane_B,
             self.draft(),
+            list_N=self._list_N,
             depth_N=tree.depth_N,
             rank_N=tree.rank_N,
             num_known_P=lanes.num_known_P,
@@ -140,11 +144,12 @@ class DecodeStep:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
 
     def draft(self) -> Tensor | None:
-        """Each head's best tokens for every lane, int64 [B, K, C]; None for a tree of one node."""
-        draft = self._parts.model.draft
-        if draft is None or self.tree.num_nodes == 1:
+        """The lists of candidates for every lane, int64 [B, R, C]; None for a tree of one node."""
+        drafter, lanes = self._parts.model.drafter, self._parts.lanes
+        if drafter is None or self.tree.num_nodes == 1:
             return None
-        return draft(self._parts.lanes.hidden_PE[self.lane_B], self.tree.max_depth, self.tree.max_rank + 1)
+        root_B = lanes.tokens_PL[self.lane_B, lanes.num_known_P[self.lane_B] - 1]
+        return drafter(lanes.hidden_PE[self.lane_B], root_B, self.tree)
 
 
 class PrefillStep:

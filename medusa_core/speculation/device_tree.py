@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +17,9 @@ class DeviceTree:
 
     parent_N (root -1), depth_N (root 0), rank_N (rank in its head's list; root -1): int64. ancestor_mask_NN: bool, self included.
     ancestor_bits_N: the same as bits, node j at bit j of an int64 (bit 63 is its sign); empty for a chain of more than 64.
+    inner_levels: the nodes with children, a level at a time from the root on: (parent_n, rank_n), int64, the place of each one's
+        parent within the level above and its rank; zeros for the root. inner_list_N: the place of each node's parent among all of
+        them; root -1.
     max_depth, max_rank: as in TreeTopology.
     """
 
@@ -24,6 +28,8 @@ class DeviceTree:
     rank_N: Tensor
     ancestor_mask_NN: Tensor
     ancestor_bits_N: Tensor
+    inner_list_N: Tensor
+    inner_levels: tuple[tuple[Tensor, Tensor], ...]
     max_depth: int
     max_rank: int
 
@@ -36,12 +42,18 @@ class DeviceTree:
         bits = topology.ancestor_mask
         mask = [[bool(bits[i] >> j & 1) for j in range(topology.num_nodes)] for i in range(topology.num_nodes)]
         signed_bits = [word - 2**64 if word >= 2**63 else word for word in bits]
+        inner_list, levels = _inner_nodes(topology)
         return cls(
             parent_N=torch.tensor(topology.parents, dtype=torch.int64, device=device),
             depth_N=torch.tensor(topology.depths, dtype=torch.int64, device=device),
             rank_N=torch.tensor(topology.ranks, dtype=torch.int64, device=device),
             ancestor_mask_NN=torch.tensor(mask, dtype=torch.bool, device=device),
             ancestor_bits_N=torch.tensor(signed_bits, dtype=torch.int64, device=device),
+            inner_list_N=torch.tensor(inner_list, dtype=torch.int64, device=device),
+            inner_levels=tuple(
+                (torch.tensor(parents, dtype=torch.int64, device=device), torch.tensor(ranks, dtype=torch.int64, device=device))
+                for parents, ranks in levels
+            ),
             max_depth=topology.max_depth,
             max_rank=topology.max_rank,
         )
@@ -52,4 +64,18 @@ class DeviceTree:
         index = torch.arange(num_tokens, device=device)
         mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
         no_bits = torch.zeros(0, dtype=torch.int64, device=device)
-        return cls(index - 1, index, torch.zeros_like(index), mask, no_bits, num_tokens - 1, -1)
+        # nobody drafts a chain of known tokens
+        return cls(index - 1, index, torch.zeros_like(index), mask, no_bits, index - 1, (), num_tokens - 1, -1)
+
+
+def _inner_nodes(topology: TreeTopology) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
+    """`inner_list_N` and `inner_levels`."""
+    by_depth: list[list[int]] = [[] for _ in range(topology.max_depth)]
+    for node, children in enumerate(topology.children):
+        if children:
+            by_depth[topology.depths[node]].append(node)
+    place = {node: number for number, node in enumerate(node for nodes in by_depth for node in nodes)}
+    levels = [([0], [0])] if topology.max_depth else []
+    for above, nodes in itertools.pairwise(by_depth):
+        levels.append(([above.index(topology.parents[node]) for node in nodes], [topology.ranks[node] for node in nodes]))
+    return [-1, *(place[parent] for parent in topology.parents[1:])], levels

@@ -1,33 +1,79 @@
 """Fills a tree with the heads' most likely tokens.
 
-Shapes: B lanes · N tree nodes · K heads · C candidates per head · E hidden.
+A drafter offers *lists* of candidates, and each node takes the one of its rank from one of them. Independent heads have one each,
+for all nodes of a depth; where candidates depend on the path, there is one for every node with children.
+
+Shapes: B lanes · N tree nodes · R lists · C candidates per list · m, n nodes with children on one level and the next · E hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from medusa_core.model.heads import DraftHeads, MedusaHeads
+from medusa_core.model.loader import LoadedModel
+from medusa_core.model.sequential_heads import SequentialHeads
 from medusa_core.speculation.device_tree import DeviceTree
 
-# (hidden_BE, K, C) -> the C most likely tokens of each of the first K heads, best first: base vocabulary ids, int64 [B, K, C]
-Draft = Callable[[Tensor, int, int], Tensor]
+
+class Drafter(Protocol):
+    """What fills trees."""
+
+    def lists_of(self, tree: DeviceTree) -> Tensor:
+        """Which list each node takes its token from, int64 [N]; -1 for the root."""
+
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        """Lists of base vocabulary ids, best first, int64 [B, R, C], for a tree of at least two nodes.
+
+        hidden_BE: post-norm hidden state at the position before the root. root_B: the root's token.
+        """
 
 
-def draft_tree(draft: Draft, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
-    """Token of every node, int64 [B, N].
+class IndependentDrafter:
+    """A list per head: head k (0-based) predicts token t+2+k from the hidden state at t, where t+1 is the root's index; so a node
+    of depth d takes its token from head d-1."""
 
-    Head k (0-based) predicts token t+2+k from the hidden state at t, where t+1 is the root's index; so a node of depth d takes
-    its token from head d-1.
+    def __init__(self, heads: MedusaHeads, loaded: LoadedModel) -> None:
+        self._topk = partial(heads.topk, project=loaded.project)
 
-    Args:
-        hidden_BE: post-norm hidden state at the position before the root.
-        root_B: the root's token.
-    """
+    def lists_of(self, tree: DeviceTree) -> Tensor:
+        return tree.depth_N - 1
+
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        return self._topk(hidden_BE, tree.max_depth, tree.max_rank + 1)
+
+
+class SequentialDrafter:
+    """A list per node with children, level by level."""
+
+    def __init__(self, heads: SequentialHeads, loaded: LoadedModel) -> None:
+        self._step = partial(heads.step, project=loaded.project, embed=loaded.model.get_input_embeddings())
+
+    def lists_of(self, tree: DeviceTree) -> Tensor:
+        return tree.inner_list_N
+
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        state_BmE, lists_BmC = hidden_BE.unsqueeze(1), root_B.view(-1, 1, 1)
+        lists = []
+        for head, (parent_n, rank_n) in enumerate(tree.inner_levels):
+            state_BmE, lists_BmC = self._step(head, state_BmE, lists_BmC, parent_n, rank_n, tree.max_rank + 1)
+            lists.append(lists_BmC)
+        return torch.cat(lists, dim=1)
+
+
+def make_drafter(heads: DraftHeads, loaded: LoadedModel) -> Drafter:
+    """The drafter for heads on their base model."""
+    return SequentialDrafter(heads, loaded) if isinstance(heads, SequentialHeads) else IndependentDrafter(heads, loaded)
+
+
+def draft_tree(drafter: Drafter, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+    """Token of every node, int64 [B, N]. See `Drafter` for the arguments."""
     if tree.num_nodes == 1:
         return root_B.unsqueeze(1)
-    candidates_BKC = draft(hidden_BE, tree.max_depth, tree.max_rank + 1)
-    drafted_Bn = candidates_BKC[:, tree.depth_N[1:] - 1, tree.rank_N[1:]]
+    lists_BRC = drafter(hidden_BE, root_B, tree)
+    drafted_Bn = lists_BRC[:, drafter.lists_of(tree)[1:], tree.rank_N[1:]]
     return torch.cat([root_B.unsqueeze(1), drafted_Bn], dim=1)

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from medusa_core.errors import ConfigError
 from medusa_core.model.calibration import Calibration
-from medusa_core.model.heads import MedusaHeads
+from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.training.answers import Answer
 from medusa_core.tree.search import best_observed_tree
@@ -32,12 +32,13 @@ class Position:
 
 
 @torch.inference_mode()
-def observed_ranks(heads: MedusaHeads, loaded: LoadedModel, answer: Answer, num_candidates: int) -> Tensor:
+def observed_ranks(heads: DraftHeads, loaded: LoadedModel, answer: Answer, num_candidates: int) -> Tensor:
     """Where the tokens that follow each root stand in the heads' lists, int64 [N, K]: the rank, or C if a token is not in it.
 
     Each output token but the last is a root in turn: the heads read the hidden state of the position before it, as in a step, and
-    head k guesses the (k+1)-th token behind it. What lies behind the end of the answer counts as missed. Runs the model on the
-    attention implementation it is set to, which must be one of transformers' own (as `load_model` leaves it).
+    head k guesses the (k+1)-th token behind it, told those in between if it asks for them. What lies behind the end of the answer
+    counts as missed. Runs the model on the attention implementation it is set to, which must be one of transformers' own (as
+    `load_model` leaves it).
     """
     num_prompt, output = len(answer.prompt_token_ids), answer.output_token_ids
     num_roots = len(output) - 1
@@ -48,15 +49,22 @@ def observed_ranks(heads: MedusaHeads, loaded: LoadedModel, answer: Answer, num_
     target_NK = torch.full((num_roots, heads.num_heads), -1, device=loaded.device)
     for head in range(min(heads.num_heads, num_roots)):
         target_NK[: num_roots - head, head] = torch.tensor(output[1 + head :], device=loaded.device)
+    # the token in front of each target; behind the answer's end, where every guess is wrong, any token will do
+    before_NK = torch.cat([ids_T[num_prompt:], ids_T.new_tensor(output[-2:-1])])[:, None].expand(-1, heads.num_heads).clone()
+    for head in range(1, min(heads.num_heads, num_roots)):
+        before_NK[:-head, head] = before_NK[head:, 0]
+    embed = loaded.model.get_input_embeddings()
     ranks = []
-    for rows_NE, rows_NK in zip(torch.split(hidden_NE, _MAX_ROWS), torch.split(target_NK, _MAX_ROWS), strict=True):
-        hits_NKC = heads.topk(rows_NE, heads.num_heads, num_candidates, project=loaded.project) == rows_NK[..., None]
+    parts = (torch.split(rows, _MAX_ROWS) for rows in (hidden_NE, before_NK, target_NK))
+    for rows_NE, tokens_NK, rows_NK in zip(*parts, strict=True):
+        drafted_NKC = heads.candidates_along(rows_NE, tokens_NK, num_candidates, project=loaded.project, embed=embed)
+        hits_NKC = drafted_NKC == rows_NK[..., None]
         ranks.append(torch.where(hits_NKC.any(dim=-1), hits_NKC.int().argmax(dim=-1), num_candidates))
     return torch.cat(ranks).cpu()
 
 
 def calibrate(
-    heads: MedusaHeads,
+    heads: DraftHeads,
     loaded: LoadedModel,
     answers: Sequence[Answer],
     *,

@@ -24,13 +24,12 @@ from torch.optim.swa_utils import AveragedModel
 from medusa_core.errors import ConfigError
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import Projection
+from medusa_core.model.sequential_heads import HeadsShape, SequentialHeads
 from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.packing import NO_TARGET, Row
-from medusa_core.training.trainable import TrainableHeads
 from medusa_core.training.vocabulary import draft_ids
 
-# Positions whose logits, and the gradients of them, are in memory at once, over the draft vocabulary. The base model's own are of a
-# whole row.
+# Positions whose logits, and the gradients of them, are in memory at once, over the draft vocabulary.
 _MAX_POSITIONS = 2048
 _MAX_GRADIENT_NORM = 1.0
 # Of each weight of the base model, to tell another model of the same name.
@@ -46,8 +45,7 @@ class TrainingPlan:
         9 / (10 + n), so that the average of a short run is not that of its beginning.
     """
 
-    num_heads: int = 4
-    num_layers: int = 1
+    shape: HeadsShape = field(default_factory=HeadsShape)
     epochs: int = 2
     rows_per_update: int = 8
     learning_rate: float = 1e-3
@@ -57,7 +55,7 @@ class TrainingPlan:
     loss: LossWeights = field(default_factory=LossWeights)
 
     def __post_init__(self) -> None:
-        for name in ("num_heads", "num_layers", "epochs", "rows_per_update"):
+        for name in ("epochs", "rows_per_update"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}.")
         if not (0.0 < self.learning_rate < math.inf and 0.0 <= self.warmup_share < 1.0 and 0.0 <= self.ema_decay < 1.0):
@@ -86,7 +84,7 @@ class Trainer:
     def __init__(self, loaded: LoadedModel, rows: Sequence[Row], plan: TrainingPlan, token_map_V: Tensor | None) -> None:
         if not rows:
             raise ConfigError("There is nothing to learn from: no row of tokens.", hint="Give more data, or longer texts.")
-        if not any((row.targets(plan.num_heads) != NO_TARGET).any() for row in rows):
+        if not any((row.targets(plan.shape.num_heads) != NO_TARGET).any() for row in rows):
             raise ConfigError(
                 "There is nothing to learn from: all texts are too short.", hint="Heads guess from the third token on."
             )
@@ -95,7 +93,8 @@ class Trainer:
         self._rows = rows
         self._draft_ids = draft_ids(token_map_V, loaded.vocab_size)
         self._projection: Projection = loaded.project if token_map_V is None else loaded.project.restricted_to(token_map_V)
-        self.heads = TrainableHeads(loaded.hidden_size, num_heads=plan.num_heads, num_layers=plan.num_layers).to(loaded.device)
+        self._embed = loaded.model.get_input_embeddings()
+        self.heads = self._new_heads(token_map_V)
         self._average = AveragedModel(self.heads, avg_fn=self._moving_average)
         self._optimizer = torch.optim.AdamW(self.heads.parameters(), lr=plan.learning_rate, weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._learning_rate_factor)
@@ -106,10 +105,10 @@ class Trainer:
         return self._updates_per_epoch * self.plan.epochs
 
     @property
-    def trained(self) -> TrainableHeads:
+    def trained(self) -> SequentialHeads:
         """What is exported: the moving average, if there is one."""
         averaged = self._average.module
-        assert isinstance(averaged, TrainableHeads)
+        assert isinstance(averaged, SequentialHeads)
         return averaged if self.plan.ema_decay > 0.0 and self.num_updates_done else self.heads
 
     def run(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Progress]:
@@ -175,16 +174,20 @@ class Trainer:
     @torch.no_grad()
     def validate(self, rows: Sequence[Row], num_candidates: int = 10) -> list[tuple[float, float]]:
         """(top-1, top-C) accuracy of each head of `trained` on other rows; tokens outside the draft vocabulary count as missed."""
-        hits_K2 = torch.zeros(self.plan.num_heads, 2)
-        counts_K = torch.zeros(self.plan.num_heads)
+        num_heads = self.plan.shape.num_heads
+        hits_K2 = torch.zeros(num_heads, 2)
+        counts_K = torch.zeros(num_heads)
         for row in rows:
-            hidden_TE, target_TK = self._read(row), row.targets(self.plan.num_heads)
-            for head in range(self.plan.num_heads):
-                for at_N in _parts(target_TK[:, head]):
-                    best_NC = self._logits(self.trained, hidden_TE[at_N], head).topk(num_candidates, dim=-1).indices
-                    hit_NC = best_NC == self._draft_targets(target_TK[at_N, head])[:, None]
+            hidden_TE, target_TK = self._read(row), row.targets(num_heads)
+            for at_N in _parts(target_TK):
+                before_NK = _tokens_before(row, at_N, num_heads)
+                for head, x_NE in enumerate(self._unroll(self.trained, hidden_TE[at_N], before_NK)):
+                    is_target_N = target_TK[at_N, head] != NO_TARGET
+                    logits_NV = self._logits(self.trained, head, x_NE[is_target_N], before_NK[is_target_N, head])
+                    best_NC = logits_NV.topk(num_candidates, dim=-1).indices
+                    hit_NC = best_NC == self._draft_targets(target_TK[at_N, head][is_target_N])[:, None]
                     hits_K2[head] += torch.stack((hit_NC[:, 0].sum(), hit_NC.sum())).cpu()
-                    counts_K[head] += len(at_N)
+                    counts_K[head] += len(best_NC)
         shares_K2 = hits_K2 / counts_K.clamp(min=1)[:, None]
         return [(top1, top10) for top1, top10 in shares_K2.tolist()]
 
@@ -210,28 +213,45 @@ class Trainer:
 
     def _learn(self, rows: Sequence[Row]) -> float:
         """Add the gradients of an update, in which every position counts the same, whichever row it is in. Returns its loss."""
-        targets = [row.targets(self.plan.num_heads) for row in rows]
-        num_positions_K = (torch.stack(targets) != NO_TARGET).sum(dim=(0, 1))
-        return sum([self._learn_row(row, target_TK, num_positions_K) for row, target_TK in zip(rows, targets, strict=True)])
+        targets = [row.targets(self.plan.shape.num_heads) for row in rows]
+        num_positions_K = (torch.stack(targets) != NO_TARGET).sum(dim=(0, 1)).tolist()
+        losses = [
+            self._learn_part(row, hidden_TE, target_TK, at_N, num_positions_K)
+            for row, target_TK in zip(rows, targets, strict=True)
+            for hidden_TE in [self._read(row)]
+            for at_N in _parts(target_TK)
+        ]
+        # read once an update, as reading waits for the device
+        return float(torch.stack(losses).sum()) if losses else 0.0
 
-    def _learn_row(self, row: Row, target_TK: Tensor, num_positions_K: Tensor) -> float:
-        """One row's share. num_positions_K: of the whole update."""
-        hidden_TE = self._read(row)
-        teacher_TV = None
+    def _learn_part(self, row: Row, hidden_TE: Tensor, target_TK: Tensor, at_N: Tensor, num_positions_K: Sequence[int]) -> Tensor:
+        """The share of some of a row's positions. num_positions_K: of the whole update. The logits of one head at a time are in
+        memory: its gradient is carried up to the blocks, and through all heads' blocks at the end."""
+        before_NK = _tokens_before(row, at_N, self.plan.shape.num_heads)
+        outputs = list(self._unroll(self.heads, hidden_TE[at_N], before_NK))
+        total = hidden_TE.new_zeros((), dtype=torch.float32)
+        gradients = []
+        for head, x_NE in enumerate(outputs):
+            x_NE = x_NE.detach().requires_grad_()
+            is_target_N = target_TK[at_N, head] != NO_TARGET
+            if (num_targets := int(is_target_N.sum())) > 0:
+                loss = self._head_loss(row, head, hidden_TE, target_TK, at_N[is_target_N], x_NE[is_target_N])
+                loss = loss * (self.plan.loss.decay**head * num_targets / num_positions_K[head])
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            gradients.append(torch.zeros_like(x_NE) if x_NE.grad is None else x_NE.grad)
+        torch.autograd.backward(outputs, gradients)
+        return total
+
+    def _head_loss(self, row: Row, head: int, hidden_TE: Tensor, target_TK: Tensor, at_N: Tensor, x_NE: Tensor) -> Tensor:
+        """x_NE: what the head hands to the output layer at the positions at_N, which all have a target."""
+        teacher_NV = None
         if self.plan.loss.needs_teacher:
             with torch.no_grad():
-                teacher_TV = self._projection(hidden_TE)
-        total = 0.0
-        for head in range(self.plan.num_heads):
-            for at_N in _parts(target_TK[:, head]):
                 # the base model says at t + 1 + k what the head guesses from t
-                teacher_NV = None if teacher_TV is None else teacher_TV[at_N + 1 + head]
-                logits_NV = self._logits(self.heads, hidden_TE[at_N], head)
-                loss = head_loss(logits_NV, self._draft_targets(target_TK[at_N, head]), teacher_NV, self.plan.loss)
-                loss = loss * (self.plan.loss.decay**head * len(at_N) / int(num_positions_K[head]))
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += float(loss.detach())
-        return total
+                teacher_NV = self._projection(hidden_TE[at_N + 1 + head])
+        logits_NV = self._logits(self.heads, head, x_NE, _tokens_before(row, at_N, head + 1)[:, head])
+        return head_loss(logits_NV, self._draft_targets(target_TK[at_N, head]), teacher_NV, self.plan.loss)
 
     @torch.no_grad()
     def _read(self, row: Row) -> Tensor:
@@ -243,13 +263,39 @@ class Trainer:
         hidden_TE: Tensor = output.last_hidden_state[0]
         return hidden_TE
 
-    def _logits(self, heads: TrainableHeads, hidden_NE: Tensor, head: int) -> Tensor:
-        """Draft logits, float32 [N, V]. The base model's dtype is used for the products, the heads' weights are float32."""
-        is_mixed = hidden_NE.dtype != torch.float32
-        with torch.autocast(hidden_NE.device.type, dtype=hidden_NE.dtype, enabled=is_mixed):
-            x_NE: Tensor = heads(hidden_NE, head)
-        logits_NV: Tensor = self._projection(x_NE.to(hidden_NE.dtype))
-        return logits_NV
+    def _new_heads(self, token_map_V: Tensor | None) -> SequentialHeads:
+        """Float32, and the same for the same seed."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.plan.seed)
+            heads = SequentialHeads(
+                self.plan.shape,
+                hidden_size=self._loaded.hidden_size,
+                vocab_size=self._projection.num_tokens,
+                base_vocab_size=self._loaded.vocab_size,
+            )
+        heads.to(self._loaded.device)
+        heads.set_vocabulary(None if token_map_V is None else token_map_V.to(self._loaded.device), self._loaded.vocab_size)
+        heads.reset(self._projection.linear.weight)
+        return heads
+
+    def _unroll(self, heads: SequentialHeads, hidden_NE: Tensor, before_NK: Tensor) -> Iterator[Tensor]:
+        """The base model's dtype is used for the products, the heads' weights are float32."""
+        with self._mixed_precision():
+            yield from heads.unroll(hidden_NE, before_NK.to(hidden_NE.device), self._embed)
+
+    def _logits(self, heads: SequentialHeads, head: int, x_NE: Tensor, before_N: Tensor) -> Tensor:
+        """Draft logits, float32 [N, V]."""
+
+        def project(x_NE: Tensor) -> Tensor:
+            logits_NV: Tensor = self._projection(x_NE.to(self._loaded.dtype))
+            return logits_NV
+
+        with self._mixed_precision():
+            return heads.logits(head, x_NE, before_N.to(x_NE.device), project)
+
+    def _mixed_precision(self) -> torch.autocast:
+        dtype = self._loaded.dtype
+        return torch.autocast(self._loaded.device.type, dtype=dtype, enabled=dtype != torch.float32)
 
     def _draft_targets(self, target_N: Tensor) -> Tensor:
         return self._draft_ids[target_N].to(self._loaded.device)
@@ -271,6 +317,7 @@ class Trainer:
         plan = asdict(self.plan)
         return {
             **plan.pop("loss"),
+            **plan.pop("shape"),
             **plan,
             "model": f"{self._loaded.name}, {self._loaded.dtype}, CRC-32 {weights:08x}",
             "data": f"{len(self._rows)} rows, CRC-32 {data:08x}",
@@ -278,8 +325,14 @@ class Trainer:
         }
 
 
-def _parts(target_T: Tensor) -> Iterator[Tensor]:
-    """Positions that have a target, int64, so many at a time as memory is planned for."""
-    positions = torch.nonzero(target_T != NO_TARGET).flatten()
+def _parts(target_TK: Tensor) -> Iterator[Tensor]:
+    """Positions from which some head has a target, int64, so many at a time as memory is planned for."""
+    positions = torch.nonzero((target_TK != NO_TARGET).any(dim=1)).flatten()
     if len(positions):
         yield from torch.split(positions, _MAX_POSITIONS)
+
+
+def _tokens_before(row: Row, at_N: Tensor, num_heads: int) -> Tensor:
+    """The token in front of the one that each head guesses from these positions, int64 [N, K]; behind the row's end any."""
+    ahead_NK = at_N[:, None] + torch.arange(1, num_heads + 1)
+    return row.token_ids_T[ahead_NK.clamp(max=len(row.token_ids_T) - 1)]

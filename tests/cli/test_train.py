@@ -53,7 +53,8 @@ def train(monkeypatch, capsys):
     return run
 
 
-FAST = ["--epochs", "2", "--row-len", "64", "--rows-per-update", "4", "--num-heads", "3", "--draft-vocab-size", "64"]
+MEDUSA = ["--independent", "--mlp-size", "0"]
+FAST = ["--epochs", "2", "--row-len", "64", "--rows-per-update", "4", "--num-heads", "3", "--draft-vocab-size", "64", *MEDUSA]
 
 
 def test_heads_are_trained_logged_and_served(train, tiny, data, tmp_path):

@@ -52,17 +52,33 @@ class Lanes:
         return torch.where(is_there, block * BLOCK_SIZE + position % BLOCK_SIZE, SPARE)
 
 
+class FixedLists:
+    """A drafter with nothing to compute."""
+
+    def __init__(self, lists_BRC: torch.Tensor, list_N: torch.Tensor) -> None:
+        self._lists_BRC, self._list_N = lists_BRC, list_N
+
+    def lists_of(self, tree: DeviceTree) -> torch.Tensor:
+        return self._list_N
+
+    def __call__(self, hidden_BE: torch.Tensor, root_B: torch.Tensor, tree: DeviceTree) -> torch.Tensor:
+        return self._lists_BRC
+
+
 @pytest.mark.parametrize("name", TREES)
 @pytest.mark.parametrize("seed", range(4))
-def test_rows_of_a_step(name, seed):
+@pytest.mark.parametrize("has_paths", [False, True])
+def test_rows_of_a_step(name, seed, has_paths):
     state = Lanes(seed, TREES[name])
     tree = state.tree
     lane_B = torch.tensor([4, 1, 3], device=options.device)
-    num_heads, num_candidates = max(tree.max_depth, 1), TREES[name].max_rank + 1
-    candidates = state.ints(0, VOCAB, 3, num_heads, num_candidates)
+    # as independent heads offer them, or a list for each node with children
+    list_N = tree.inner_list_N if has_paths else tree.depth_N - 1
+    candidates = state.ints(0, VOCAB, 3, max(int(list_N.max()) + 1, 1), TREES[name].max_rank + 1)
     token, position, slot, index, lane, base = pack_trees(
         lane_B,
         candidates if tree.num_nodes > 1 else None,
+        list_N=list_N,
         depth_N=tree.depth_N,
         rank_N=tree.rank_N,
         num_known_P=state.known,
@@ -75,7 +91,7 @@ def test_rows_of_a_step(name, seed):
     )
     known_B = state.known[lane_B]
     assert torch.equal(base, known_B - 1)
-    expected = draft_tree(lambda *_: candidates, state.hidden[lane_B], state.tokens[lane_B, base], tree)
+    expected = draft_tree(FixedLists(candidates, list_N), state.hidden[lane_B], state.tokens[lane_B, base], tree)
     assert torch.equal(token.view(3, -1), expected)
     assert torch.equal(position.view(3, -1), (base.unsqueeze(1) + tree.depth_N).clamp(max=17))
     node_N = torch.arange(tree.num_nodes, device=options.device)

@@ -73,16 +73,6 @@ def test_a_draft_vocabulary_gives_base_ids(projection) -> None:
     assert heads.draft_vocab_size == 4
 
 
-def test_logprobs_belong_to_the_tokens_and_are_normalised(projection) -> None:
-    heads = MedusaHeads(*_tensors(1, True))
-    hidden_BE = torch.randn(B, E)
-    token_ids_BKC, logprobs_BKC = heads.topk_with_logprobs(hidden_BE, V, projection)
-    assert torch.equal(token_ids_BKC, heads.topk(hidden_BE, heads.num_heads, V, project=projection))
-    expected = heads(hidden_BE, projection).log_softmax(-1).gather(-1, token_ids_BKC)
-    torch.testing.assert_close(logprobs_BKC, expected)
-    torch.testing.assert_close(logprobs_BKC.exp().sum(-1), torch.ones(B, K))
-
-
 def test_one_request_gets_the_same_candidates_alone_and_in_a_batch(projection) -> None:
     heads = MedusaHeads(*_tensors(2, True))
     hidden_BE = torch.randn(B, E)

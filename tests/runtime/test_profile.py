@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.model.attention_hook import forward_hidden, install_attention, probe_layer_shapes
@@ -13,8 +14,19 @@ from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead, overhead_slots
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
+from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 from tests.equivalence.models import tiny_model
+
+
+class ConstantDrafter:
+    """Always the same token."""
+
+    def lists_of(self, tree: DeviceTree) -> Tensor:
+        return tree.depth_N - 1
+
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        return hidden_BE.new_zeros(hidden_BE.shape[0], tree.max_depth, tree.max_rank + 1, dtype=torch.int64)
 
 
 @pytest.fixture
@@ -24,7 +36,7 @@ def model() -> DeviceModel:
     return DeviceModel(
         forward=partial(forward_hidden, loaded.model),
         project=loaded.project,
-        draft=lambda hidden_BE, num_heads, k: hidden_BE.new_zeros(hidden_BE.shape[0], num_heads, k, dtype=torch.int64),
+        drafter=ConstantDrafter(),
         eos_token_ids=loaded.eos_token_ids,
         device=loaded.device,
     )

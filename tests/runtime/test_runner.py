@@ -22,6 +22,7 @@ from medusa_core.runtime.graph_runner import MAX_CHUNKS, GraphRunner
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
+from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 from tests.equivalence.models import MAX_MODEL_LEN, tiny_model
 
@@ -51,9 +52,12 @@ class ScriptedDraft:
     def __init__(self) -> None:
         self.next_tokens: list[int] = []
 
-    def __call__(self, hidden_BE: Tensor, num_heads: int, num_candidates: int) -> Tensor:
-        out = torch.full((hidden_BE.shape[0], num_heads, num_candidates), 1, dtype=torch.int64)
-        for head, (token, rank) in enumerate(zip(self.next_tokens[:num_heads], (1, 1, 0), strict=False)):
+    def lists_of(self, tree: DeviceTree) -> Tensor:
+        return tree.depth_N - 1
+
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        out = torch.full((hidden_BE.shape[0], tree.max_depth, tree.max_rank + 1), 1, dtype=torch.int64)
+        for head, (token, rank) in enumerate(zip(self.next_tokens[: tree.max_depth], (1, 1, 0), strict=False)):
             out[0, head, rank] = token
         return out.to(hidden_BE.device)
 
@@ -91,7 +95,7 @@ class Bench:
         model = DeviceModel(
             forward=partial(forward_hidden, loaded.model),
             project=loaded.project,
-            draft=self.draft,
+            drafter=self.draft,
             eos_token_ids=eos_token_ids,
             device=loaded.device,
             best_token=best_token and partial(best_token, loaded.project),

@@ -14,10 +14,15 @@ from medusa_core.engine.build import CalibratedHeads, assemble_engine, build_eng
 from medusa_core.errors import ConfigError
 from medusa_core.model.checkpoint import load_heads
 from medusa_core.model.loader import load_model
+from medusa_core.model.sequential_heads import HeadsShape
 from medusa_core.params import SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.training.answers import Answer, answer_prompts
+from medusa_core.training.export import export_heads
 from medusa_core.training.measure import calibrate, observed_ranks, tokens_per_step
+from medusa_core.training.packing import pack_samples
+from medusa_core.training.samples import answer_sample
+from medusa_core.training.trainer import Trainer, TrainingPlan
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
 NUM_HEADS = 3
@@ -66,6 +71,24 @@ def heads_file(folder, answers) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def sequential_file(folder, answers) -> Path:
+    """Heads that know the tokens in between, fitted to half of the answers."""
+    loaded = load_model(config(folder).model, progress=False)
+    rows, _ = pack_samples([answer_sample(answer) for answer in answers[::2]], 64)
+    shape = HeadsShape(num_heads=NUM_HEADS, mlp_size=48, output="low-rank", has_markov_term=True, rank=8)
+    trainer = Trainer(loaded, rows, TrainingPlan(shape=shape, epochs=40, rows_per_update=2, learning_rate=0.01), None)
+    assert len(list(trainer.run())) == trainer.num_updates
+    path = folder / "sequential.safetensors"
+    export_heads(trainer.trained, path, token_map_V=None, dtype=torch.float32, metadata={})
+    return path
+
+
+@pytest.fixture(params=["medusa", "sequential"])
+def any_heads_file(request) -> Path:
+    return request.getfixturevalue("heads_file" if request.param == "medusa" else "sequential_file")
+
+
 def test_answers_are_complete_and_in_the_order_of_the_prompts(folder, answers):
     assert [(answer.category, answer.prompt_token_ids) for answer in answers] == PROMPTS
     assert all(1 <= len(answer.output_token_ids) <= 40 for answer in answers)
@@ -80,9 +103,10 @@ def test_a_prompt_that_does_not_fit_is_refused_before_anything_runs(folder):
     assert not core.has_work
 
 
-def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, heads_file):
+def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, any_heads_file):
     loaded = load_model(config(folder).model, progress=False)
-    heads = load_heads(heads_file, loaded)
+    heads = load_heads(any_heads_file, loaded)
+    embed = loaded.model.get_input_embeddings()
     answer = answers[1]
     ranks = observed_ranks(heads, loaded, answer, CANDIDATES)
     assert ranks.shape == (len(answer.output_token_ids) - 1, NUM_HEADS)
@@ -90,7 +114,9 @@ def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, he
         known = answer.prompt_token_ids + answer.output_token_ids[:root]  # up to the token before the root
         with torch.inference_mode():
             hidden = loaded.base_model(input_ids=torch.tensor([known]), use_cache=False).last_hidden_state[0, -1:]
-            lists = heads.topk(hidden, NUM_HEADS, CANDIDATES, project=loaded.project)[0].tolist()
+            before = (answer.output_token_ids[root : root + NUM_HEADS] + [0] * NUM_HEADS)[:NUM_HEADS]
+            lists = heads.candidates_along(hidden, torch.tensor([before]), CANDIDATES, project=loaded.project, embed=embed)
+            lists = lists[0].tolist()
         followers = answer.output_token_ids[root + 1 : root + 1 + NUM_HEADS]
         expected = [
             guesses.index(token) if token in guesses else CANDIDATES for guesses, token in zip(lists, followers, strict=False)
@@ -99,10 +125,10 @@ def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, he
 
 
 @pytest.mark.parametrize("num_nodes", [4, 16])
-def test_the_engine_accepts_what_was_measured(folder, answers, heads_file, num_nodes):
+def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, num_nodes):
     """Steps of the engine with the calibrated tree, one by one: each accepts the measured path as far as the tree has it."""
     loaded = load_model(config(folder).model, progress=False)
-    heads = load_heads(heads_file, loaded)
+    heads = load_heads(any_heads_file, loaded)
     calibration, positions = calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)
     tree = calibration.tree.prefix(num_nodes)
     choices = set(tree.choices)

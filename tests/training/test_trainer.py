@@ -12,19 +12,21 @@ from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, Scheduler
 from medusa_core.engine.build import build_engine
 from medusa_core.errors import ConfigError
 from medusa_core.model.checkpoint import load_heads
+from medusa_core.model.heads import MedusaHeads
 from medusa_core.model.loader import load_model
 from medusa_core.params import SamplingParams
 from medusa_core.training.answers import answer_prompts
+from medusa_core.training.export import export_heads
 from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.measure import observed_ranks
 from medusa_core.training.packing import pack_samples
 from medusa_core.training.samples import Sample, answer_sample
-from medusa_core.training.trainable import TrainableHeads, export_heads
 from medusa_core.training.trainer import Trainer, TrainingPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
+from tests.training.shapes import SHAPES
 
-PLAN = TrainingPlan(num_heads=2, epochs=3, rows_per_update=2, learning_rate=0.02, ema_decay=0.5)
+PLAN = TrainingPlan(shape=SHAPES["medusa"], epochs=3, rows_per_update=2, learning_rate=0.02, ema_decay=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +70,20 @@ def finished(loaded, rows, plan=PLAN, token_map=None):
     ],
     ids=["text", "distilled", "mixed"],
 )
-@pytest.mark.parametrize("num_layers", [1, 2])
-def test_heads_learn_and_the_base_model_stays_as_it_is(loaded, rows, loss, num_layers):
+def test_every_loss_teaches(loaded, rows, loss):
+    _learns(loaded, rows, dataclasses.replace(PLAN, epochs=30, loss=loss))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_heads_of_every_shape_learn_and_the_base_model_stays_as_it_is(loaded, rows, shape):
+    rate = 0.02 if SHAPES[shape].output == "shared" and not SHAPES[shape].is_gated else 0.005
+    _learns(loaded, rows, dataclasses.replace(PLAN, epochs=30, shape=SHAPES[shape], learning_rate=rate))
+
+
+def _learns(loaded, rows, plan):
     # surer of what it says, greedily the same: the model's distribution then points to the text's tokens
     loaded.project.linear.weight.mul_(5.0)
     before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
-    plan = dataclasses.replace(PLAN, epochs=30, loss=loss, num_layers=num_layers)
     untrained = Trainer(loaded, rows, plan, None).validate(rows)
     trainer, steps = finished(loaded, rows, plan)
     assert steps[-1].loss < 0.9 * steps[0].loss
@@ -84,15 +94,17 @@ def test_heads_learn_and_the_base_model_stays_as_it_is(loaded, rows, loss, num_l
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
 
 
+@pytest.mark.parametrize("shape", ["medusa", "sequential, all at once"])
 @pytest.mark.parametrize("stop", [1, 4])
-def test_a_stopped_run_goes_on_bit_for_bit(loaded, rows, tmp_path, stop):
-    whole, steps = finished(loaded, rows)
+def test_a_stopped_run_goes_on_bit_for_bit(loaded, rows, tmp_path, stop, shape):
+    plan = dataclasses.replace(PLAN, shape=SHAPES[shape])
+    whole, steps = finished(loaded, rows, plan)
     assert stop < len(steps)
-    first = Trainer(loaded, rows, PLAN, None)
+    first = Trainer(loaded, rows, plan, None)
     updates = iter(range(stop, -1, -1))
     head = list(first.run(lambda: next(updates) == 0))
     first.save(tmp_path / "checkpoint.pt")
-    second = Trainer(loaded, rows, PLAN, None)
+    second = Trainer(loaded, rows, plan, None)
     second.load(tmp_path / "checkpoint.pt")
     tail = list(second.run())
     assert [step.loss for step in (*head, *tail)] == [step.loss for step in steps]
@@ -123,21 +135,25 @@ def test_what_is_exported_is_the_average_of_the_updates(loaded, rows):
     assert not any(torch.equal(a, b) for a, b in zip(smooth.trained.parameters(), last.trained.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("draft_vocab_size", [64, VOCAB_SIZE])
-def test_exported_heads_guess_what_the_trained_ones_do(loaded, rows, answers, tmp_path, draft_vocab_size):
+def test_exported_heads_guess_what_the_trained_ones_do(loaded, rows, tmp_path, draft_vocab_size, shape):
     token_map = choose_draft_vocabulary(rows, VOCAB_SIZE, draft_vocab_size)
-    trainer, _ = finished(loaded, rows, token_map=token_map)
+    trainer, _ = finished(loaded, rows, dataclasses.replace(PLAN, shape=SHAPES[shape]), token_map=token_map)
     path = tmp_path / "medusa_lm_head.safetensors"
     export_heads(trainer.trained, path, token_map_V=token_map, dtype=torch.float32, metadata={"base_model": "tiny"})
     heads = load_heads(tmp_path, loaded)
-    assert (heads.num_heads, heads.num_layers) == (2, 1)
+    assert (heads.num_heads, heads.num_layers) == (2, SHAPES[shape].num_layers)
+    assert isinstance(heads, MedusaHeads) == SHAPES[shape].is_published
+    ids_T = rows[0].token_ids_T
+    before_TK = torch.stack([ids_T.roll(-1), ids_T.roll(-2)], dim=1)
+    embed = loaded.model.get_input_embeddings()
+    projection = loaded.project if token_map is None else loaded.project.restricted_to(token_map)
     with torch.inference_mode():
-        hidden = loaded.base_model(input_ids=rows[0].token_ids_T[None], use_cache=False).last_hidden_state[0]
-        drafted = heads.topk(hidden, 2, 5, project=loaded.project)
-        projection = loaded.project if token_map is None else loaded.project.restricted_to(token_map)
-        for head in range(2):
-            draft_ids = projection(trainer.trained(hidden, head)).topk(5, dim=-1).indices
-            assert torch.equal(drafted[:, head], draft_ids if token_map is None else token_map[draft_ids])
+        hidden = loaded.base_model(input_ids=ids_T[None], use_cache=False).last_hidden_state[0]
+        drafted = heads.candidates_along(hidden, before_TK, 5, project=loaded.project, embed=embed)
+        trained = trainer.trained.candidates_along(hidden, before_TK, 5, project=projection, embed=embed)
+    assert torch.equal(drafted, trained)
 
 
 def test_accuracy_on_rows_is_that_of_the_engines_heads_along_the_answers(loaded, rows, answers, tmp_path):
@@ -167,10 +183,13 @@ def test_every_position_of_an_update_counts_the_same(loaded, answers):
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-5)
 
 
-def test_a_new_head_is_the_identity():
-    hidden = torch.randn(5, HIDDEN_SIZE)
-    heads = TrainableHeads(HIDDEN_SIZE, num_heads=2, num_layers=3)
-    assert torch.equal(heads(hidden, 1), hidden)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_new_heads_guess_what_the_model_says_next(loaded, rows, shape):
+    heads = Trainer(loaded, rows, dataclasses.replace(PLAN, shape=SHAPES[shape]), None).heads
+    hidden, before = torch.randn(5, HIDDEN_SIZE), torch.arange(10).view(5, 2)
+    for head, x in enumerate(heads.unroll(hidden, before, loaded.model.get_input_embeddings())):
+        assert torch.equal(x, hidden)
+        torch.testing.assert_close(heads.logits(head, x, before[:, head], loaded.project), loaded.project(hidden))
 
 
 def test_the_terms_of_the_loss():
@@ -217,7 +236,8 @@ def test_no_data_is_refused(loaded):
 
 def test_a_loss_that_is_no_number_ends_the_run(loaded, rows):
     trainer = Trainer(loaded, rows, PLAN, None)
-    trainer.heads.linears[1].weight.requires_grad_(False).fill_(torch.nan)
+    with torch.no_grad():
+        trainer.heads.blocks[1][0].linear.weight.fill_(torch.nan)
     with pytest.raises(ConfigError, match=r"The loss of update 1 is nan.*Lower --learning-rate"):
         list(trainer.run())
 

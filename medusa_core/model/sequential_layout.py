@@ -1,0 +1,128 @@
+"""Files of `SequentialHeads`: our own layout, for the shapes that no published one has.
+
+The tensors are the module's parameters by name, and `token_map` if the draft vocabulary is reduced::
+
+    blocks.{h}.{l}.gate_up.weight   blocks.{h}.{l}.down.weight   or   blocks.{h}.{l}.linear.weight|bias
+    own.{h}.weight                  or   low_rank.{h}.weight     markov.weight     correction.weight
+
+What the heads are is told from the names and shapes of the tensors alone. A matrix may be stored in 8 bits: integers, and a float32
+scale for each row in `<name>_scale`.
+"""
+
+# Shape suffixes: F rows of a weight · E hidden · V draft vocabulary
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from medusa_core.errors import HeadsMismatchError
+from medusa_core.model.loader import LoadedModel
+from medusa_core.model.sequential_heads import HeadsShape, Output, SequentialHeads
+
+_SCALE = "_scale"
+_TELLING = re.compile(r"blocks\.\d+\.\d+\.(gate_up|down|linear)\.weight|markov\.weight|correction\.weight")
+_BLOCK = re.compile(r"blocks\.(\d+)\.(\d+)\.")
+_HINT = "Use heads that were trained for this model (--heads), or --heads none."
+
+
+def is_sequential_layout(names: Iterable[str]) -> bool:
+    """Whether tensors of these names are in our own layout."""
+    return any(_TELLING.fullmatch(name) for name in names)
+
+
+def build_sequential(tensors: Mapping[str, Tensor], token_map_V: Tensor | None, loaded: LoadedModel) -> SequentialHeads:
+    """The heads whose parameters `tensors` are, in the base model's dtype and on its device.
+
+    token_map_V: base ids of the draft vocabulary; without one, the heads' own tables say how many tokens it has, or the base model.
+
+    Raises HeadsMismatchError for tensors that do not fit each other or the base model.
+    """
+    tensors = {name: tensor.to(device=loaded.device, dtype=loaded.dtype) for name, tensor in _widened(tensors).items()}
+    tables = [tensor.shape[0] for name, tensor in tensors.items() if re.match(r"own\.|markov\.|correction\.", name)]
+    vocab_size = len(token_map_V) if token_map_V is not None else tables[0] if tables else loaded.vocab_size
+    with torch.device("meta"):
+        heads = SequentialHeads(
+            _shape_of(tensors, loaded.hidden_size),
+            hidden_size=loaded.hidden_size,
+            vocab_size=vocab_size,
+            base_vocab_size=loaded.vocab_size,
+        )
+    for name, parameter in heads.state_dict().items():
+        if name not in tensors:
+            raise HeadsMismatchError(f"The heads are incomplete: no tensor {name}.", hint=_HINT)
+        if tensors[name].shape != parameter.shape:
+            raise HeadsMismatchError(
+                f"Heads tensor {name} has shape {list(tensors[name].shape)}, the base model {loaded.name} needs "
+                f"{list(parameter.shape)}.",
+                hint=_HINT,
+            )
+    if unknown := sorted(tensors.keys() - heads.state_dict().keys()):
+        raise HeadsMismatchError(f"These are no tensors of such heads: {', '.join(unknown[:5])}.", hint=_HINT)
+    heads.load_state_dict(tensors, assign=True)
+    heads.set_vocabulary(token_map_V, loaded.vocab_size)
+    return heads
+
+
+def save_sequential(
+    heads: SequentialHeads, path: Path, *, dtype: torch.dtype, metadata: Mapping[str, str], token_map_V: Tensor | None
+) -> None:
+    """Write heads as `build_sequential` reads them. dtype: of the matrices; torch.int8 for 8 bits and a scale per row."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in heads.state_dict().items():
+        if dtype == torch.int8 and parameter.dim() == 2:
+            tensors[name], tensors[name + _SCALE] = _to_int8(parameter.float().cpu())
+        else:
+            tensors[name] = parameter.to(torch.bfloat16 if dtype == torch.int8 else dtype).cpu().contiguous()
+    if token_map_V is not None:
+        tensors["token_map"] = token_map_V.to(torch.int32).cpu()
+    # A server may have the file that this one replaces in its memory.
+    partial = path.with_suffix(".partial")
+    save_file(tensors, partial, metadata=dict(metadata))
+    partial.replace(path)
+
+
+def _to_int8(weight_FE: Tensor) -> tuple[Tensor, Tensor]:
+    """(int8 [F, E], float32 [F]): the nearest multiples of each row's scale, which is its largest value / 127."""
+    scale_F = weight_FE.abs().amax(dim=1).clamp(min=1e-12) / 127.0
+    return (weight_FE / scale_F[:, None]).round().to(torch.int8), scale_F
+
+
+def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """8-bit matrices as float32."""
+    wide = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype != torch.int8:
+            if not name.endswith(_SCALE):
+                wide[name] = tensor
+            continue
+        scale_F = tensors.get(name + _SCALE)
+        if tensor.dim() != 2 or scale_F is None or scale_F.shape != tensor.shape[:1]:
+            raise HeadsMismatchError(f"Heads tensor {name} is int8, but {name}{_SCALE} does not have a scale per row.", hint=_HINT)
+        wide[name] = tensor.float() * scale_F.float()[:, None]
+    return wide
+
+
+def _shape_of(tensors: Mapping[str, Tensor], hidden_size: int) -> HeadsShape:
+    positions = [(int(match[1]), int(match[2])) for name in tensors if (match := _BLOCK.match(name))]
+    if not positions:
+        raise HeadsMismatchError("The heads have no blocks (no tensor like blocks.0.0.down.weight).", hint=_HINT)
+    down = tensors.get("blocks.0.0.down.weight")
+    gate_up = tensors.get("blocks.0.0.gate_up.weight")
+    correction = tensors.get("correction.weight")
+    has_own, has_low_rank = (any(name.startswith(kind) for name in tensors) for kind in ("own.", "low_rank."))
+    output: Output = "own" if has_own else "low-rank" if has_low_rank else "shared"
+    return HeadsShape(
+        num_heads=1 + max(head for head, _ in positions),
+        num_layers=1 + max(layer for _, layer in positions),
+        mlp_size=0 if down is None else down.shape[-1],
+        is_sequential=down is not None and gate_up is not None and gate_up.shape[-1] == 2 * hidden_size,
+        output=output,
+        has_markov_term="markov.weight" in tensors,
+        rank=1 if correction is None else correction.shape[-1],
+    )
