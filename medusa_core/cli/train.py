@@ -94,9 +94,15 @@ def train(
     sequential: Annotated[
         bool, typer.Option("--sequential/--independent", help="Whether a head reads the tokens that those in front of it guess.")
     ] = _SHAPE.is_sequential,
+    share_blocks: Annotated[
+        bool | None, typer.Option("--share-blocks/--own-blocks", help="Whether sequential heads share their blocks, as by default.")
+    ] = None,
     mlp_size: Annotated[
         int | None,
-        typer.Option(min=0, help="Width of the blocks, by default the hidden size; 0 for the residual blocks of the Medusa paper."),
+        typer.Option(
+            min=0,
+            help="Width of the blocks, by default the hidden size, or 4 times that if shared; 0 for those of the Medusa paper.",
+        ),
     ] = None,
     output_layer: Annotated[OutputLayer, typer.Option(help="Whose output layer heads use.")] = OutputLayer.SHARED,
     markov: Annotated[bool, typer.Option("--markov", help="Correct the logits by the token in front.")] = False,
@@ -130,7 +136,8 @@ def train(
     progress = start_command(verbose=verbose, has_plots=not no_plots)
     loss = LossWeights(cross_entropy=cross_entropy, distillation=distillation, total_variation=total_variation, decay=decay)
     shape = HeadsShape(
-        num_heads=num_heads, num_layers=num_layers, is_sequential=sequential, mlp_size=mlp_size, output=output_layer.value,
+        num_heads=num_heads, num_layers=num_layers, is_sequential=sequential,
+        shares_blocks=sequential if share_blocks is None else share_blocks, mlp_size=mlp_size, output=output_layer.value,
         has_markov_term=markov, rank=rank,
     )  # fmt: skip
     if is_given(context, "rank") and not shape.has_correction:

@@ -151,13 +151,15 @@ def gated_linear(
     return skinny_product(hidden_TE, weight_2IE, config, out=out_TI, epilogue="gated", norm_eps=norm_eps, use_pdl=use_pdl)
 
 
-def gated_product(x_TE: Tensor, weight_2IE: Tensor, *, config: SkinnyConfig | None = None, use_pdl: bool = False) -> Tensor:
-    """silu(gate) * up: [T, I]. weight_2IE: gate and up alternate (`interleave`). config: as for `norm_linear`."""
+def gated_product(
+    x_TE: Tensor, weight_2IE: Tensor, bias_2I: Tensor | None = None, *, config: SkinnyConfig | None = None, use_pdl: bool = False
+) -> Tensor:
+    """silu(gate) * up: [T, I]. weight_2IE, bias_2I: gate and up alternate (`interleave`). config: as for `norm_linear`."""
     config = config or _default_config(x_TE, weight_2IE)
     if config is None:
-        return silu_mul(functional.linear(x_TE, weight_2IE), use_pdl=use_pdl)
+        return silu_mul(functional.linear(x_TE, weight_2IE, bias_2I), use_pdl=use_pdl)
     out_TI = x_TE.new_empty(x_TE.shape[0], weight_2IE.shape[0] // 2)
-    return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", use_pdl=use_pdl)
+    return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", bias=bias_2I, use_pdl=use_pdl)
 
 
 def linear_residual(

@@ -9,7 +9,7 @@ The same module is trained and served: float32 weights while training, the base 
 """
 
 # Shape suffixes: R rows · K heads · C candidates · E hidden · I width of a block · V draft vocabulary · U base vocabulary ·
-# Q rank · B lanes · m, n nodes with children on one level and the next
+# Q rank · S biases · B lanes · m, n nodes with children on one level and the next
 
 from __future__ import annotations
 
@@ -36,8 +36,10 @@ class HeadsShape:
     """What heads are made of.
 
     num_heads, num_layers: heads, and blocks of each.
-    mlp_size: width of gated blocks, None for the hidden size; 0 for the residual blocks of the Medusa paper.
+    mlp_size: width of gated blocks; None for the hidden size, or four times that if all heads share them. 0 stands for the residual
+        blocks of the Medusa paper.
     is_sequential: each head goes on from the state of the one in front of it; needs gated blocks.
+    shares_blocks: sequential heads have the same blocks, but for a bias.
     output: the base model's output layer for all ("shared"), the same with a correction of low rank per head, or a layer of each
         head's own.
     has_markov_term: the correction depends on the token in front of the guessed one as well.
@@ -48,6 +50,7 @@ class HeadsShape:
     num_layers: int = 1
     mlp_size: int | None = None
     is_sequential: bool = True
+    shares_blocks: bool = True
     output: Output = "shared"
     has_markov_term: bool = False
     rank: int = 64
@@ -60,12 +63,18 @@ class HeadsShape:
             raise ConfigError(f"mlp_size must not be negative, got {self.mlp_size}.")
         if self.is_sequential and not self.is_gated:
             raise ConfigError("Sequential heads are made of gated blocks, not of residual ones (mlp_size 0).")
+        if self.shares_blocks and not self.is_sequential:
+            raise ConfigError("Independent heads that share their blocks would all guess the same.")
         if self.output == "own" and self.has_markov_term:
             raise ConfigError("A Markov term corrects an output layer that heads share.", hint='Use output "shared" or "low-rank".')
 
     @property
     def is_gated(self) -> bool:
         return self.mlp_size != 0
+
+    def width_for(self, hidden_size: int) -> int:
+        """Of gated blocks."""
+        return self.mlp_size or (4 * hidden_size if self.shares_blocks else hidden_size)
 
     @property
     def has_correction(self) -> bool:
@@ -89,33 +98,36 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, x_RE: Tensor, input_RE: Tensor) -> Tensor:
+    def forward(self, x_RE: Tensor) -> Tensor:
         y_RE: Tensor = self.linear(x_RE)
         return x_RE + functional.silu(y_RE)
 
 
 class GatedBlock(nn.Module):
-    """x + down(silu(gate) * up), gate and up being products of `input`, of which x is a part. Rows of the weight alternate: gate i
-    is row 2i, up i row 2i + 1."""
+    """x + down(silu(gate) * up), gate and up being products of `input`, of which x is a part, with one of S biases.
 
-    def __init__(self, hidden_size: int, num_inputs: int, mlp_size: int) -> None:
+    Rows of the weight alternate: gate i is row 2i, up i row 2i + 1."""
+
+    def __init__(self, hidden_size: int, num_inputs: int, mlp_size: int, num_biases: int) -> None:
         super().__init__()
         self.gate_up = nn.Linear(num_inputs, 2 * mlp_size, bias=False)
+        self.bias_SJ = nn.Parameter(torch.zeros(num_biases, 2 * mlp_size))
         self.down = nn.Linear(mlp_size, hidden_size, bias=False)
 
     def reset(self) -> None:
         """Make the block the identity."""
         nn.init.zeros_(self.down.weight)
 
-    def forward(self, x_RE: Tensor, input_RJ: Tensor) -> Tensor:
+    def forward(self, x_RE: Tensor, input_RJ: Tensor, bias_idx: int = 0) -> Tensor:
         if _has_kernels(x_RE) and isinstance(self.down, nn.Linear) and self.down.weight.dtype == x_RE.dtype:
             from medusa_core.kernels.linear import gated_product, linear_residual
             from medusa_core.kernels.support import can_overlap_launches
 
             use_pdl = can_overlap_launches(x_RE.device)
-            act_RI = gated_product(input_RJ, self.gate_up.weight, use_pdl=use_pdl)
+            act_RI = gated_product(input_RJ, self.gate_up.weight, self.bias_SJ[bias_idx], use_pdl=use_pdl)
             return linear_residual(act_RI, self.down.weight, x_RE, use_pdl=use_pdl)
-        gate_RI, up_RI = self.gate_up(input_RJ).unflatten(-1, (-1, 2)).unbind(-1)
+        gate_up_RJ = self.gate_up(input_RJ) + self.bias_SJ[bias_idx]
+        gate_RI, up_RI = gate_up_RJ.unflatten(-1, (-1, 2)).unbind(-1)
         y_RE: Tensor = self.down(functional.silu(gate_RI) * up_RI)
         return x_RE + y_RE
 
@@ -146,7 +158,8 @@ class SequentialHeads(nn.Module):
         self.vocab_size = vocab_size
         self.draft_projection = None
         self.blocks = nn.ModuleList(
-            nn.ModuleList(_block(shape, hidden_size, layer) for layer in range(shape.num_layers)) for _ in range(shape.num_heads)
+            nn.ModuleList(_block(shape, hidden_size, layer) for layer in range(shape.num_layers))
+            for _ in range(1 if shape.shares_blocks else shape.num_heads)
         )
         heads = range(shape.num_heads)
         self.own = nn.ModuleList(nn.Linear(hidden_size, vocab_size, bias=False) for _ in heads) if shape.output == "own" else None
@@ -198,11 +211,13 @@ class SequentialHeads(nn.Module):
     @property
     def layout(self) -> str:
         """One phrase for logs."""
-        parts = ["sequential" if self.shape.is_sequential else "independent"]
-        parts.append(f"gated blocks of {self.shape.mlp_size or self.hidden_size}" if self.shape.is_gated else "residual blocks")
-        parts.append({"own": "own lm_head", "shared": "shared lm_head", "low-rank": "corrected lm_head"}[self.shape.output])
-        if self.shape.has_markov_term:
-            parts.append(f"Markov term of rank {self.shape.rank}")
+        shape = self.shape
+        parts = ["sequential" if shape.is_sequential else "independent"]
+        blocks = f"gated blocks of {shape.width_for(self.hidden_size)}" if shape.is_gated else "residual blocks"
+        parts.append(f"shared {blocks}" if shape.shares_blocks else blocks)
+        parts.append({"own": "own lm_head", "shared": "shared lm_head", "low-rank": "corrected lm_head"}[shape.output])
+        if shape.has_markov_term:
+            parts.append(f"Markov term of rank {shape.rank}")
         return ", ".join(parts)
 
     def unroll(self, hidden_RE: Tensor, before_RK: Tensor, embed: Embed) -> Iterator[Tensor]:
@@ -286,12 +301,16 @@ class SequentialHeads(nn.Module):
         return state_RE.view(num_lanes, num_nodes, -1), lists_RC.view(num_lanes, num_nodes, -1)
 
     def _advance(self, head: int, x_RE: Tensor, input_RJ: Tensor) -> Tensor:
-        blocks = self.blocks[head]
+        shares = self.shape.shares_blocks
+        blocks = self.blocks[0 if shares else head]
         assert isinstance(blocks, nn.ModuleList)
         for layer, block in enumerate(blocks):
-            if isinstance(block, GatedBlock) and (layer > 0 or not self.shape.is_sequential):
-                input_RJ = unit_rms(x_RE)
-            x_RE = block(x_RE, input_RJ)
+            if isinstance(block, GatedBlock):
+                if layer > 0 or not self.shape.is_sequential:
+                    input_RJ = unit_rms(x_RE)
+                x_RE = block(x_RE, input_RJ, head if shares else 0)
+            else:
+                x_RE = block(x_RE)
         return x_RE
 
     def _topk(self, head: int, x_RE: Tensor, before_R: Tensor, num_candidates: int, project: Project) -> Tensor:
@@ -330,7 +349,7 @@ def _block(shape: HeadsShape, hidden_size: int, layer: int) -> nn.Module:
     if not shape.is_gated:
         return ResidualBlock(hidden_size)
     num_inputs = 2 * hidden_size if shape.is_sequential and layer == 0 else hidden_size
-    return GatedBlock(hidden_size, num_inputs, shape.mlp_size or hidden_size)
+    return GatedBlock(hidden_size, num_inputs, shape.width_for(hidden_size), shape.num_heads if shape.shares_blocks else 1)
 
 
 def _has_kernels(x: Tensor) -> bool:

@@ -2,10 +2,11 @@
 
 The tensors are the module's parameters by name, and `token_map` if the draft vocabulary is reduced::
 
-    blocks.{h}.{l}.gate_up.weight   blocks.{h}.{l}.down.weight   or   blocks.{h}.{l}.linear.weight|bias
+    blocks.{h}.{l}.gate_up.weight   blocks.{h}.{l}.bias_SJ   blocks.{h}.{l}.down.weight   or   blocks.{h}.{l}.linear.weight|bias
     own.{h}.weight                  or   low_rank.{h}.weight     markov.weight     correction.weight
 
-What the heads are is told from the names and shapes of the tensors alone. A matrix may be stored in 8 bits: integers, and a float32
+What the heads are is told from the names and shapes of the tensors alone; heads that share their blocks have `blocks.0` only, and a
+bias each. A matrix may be stored in 8 bits: integers, and a float32
 scale for each row in `<name>_scale`.
 """
 
@@ -75,7 +76,7 @@ def save_sequential(
     """Write heads as `build_sequential` reads them. dtype: of the matrices; torch.int8 for 8 bits and a scale per row."""
     tensors: dict[str, Tensor] = {}
     for name, parameter in heads.state_dict().items():
-        if dtype == torch.int8 and parameter.dim() == 2:
+        if dtype == torch.int8 and name.endswith(".weight"):
             tensors[name], tensors[name + _SCALE] = _to_int8(parameter.float().cpu())
         else:
             tensors[name] = parameter.to(torch.bfloat16 if dtype == torch.int8 else dtype).cpu().contiguous()
@@ -112,16 +113,18 @@ def _shape_of(tensors: Mapping[str, Tensor], hidden_size: int) -> HeadsShape:
     positions = [(int(match[1]), int(match[2])) for name in tensors if (match := _BLOCK.match(name))]
     if not positions:
         raise HeadsMismatchError("The heads have no blocks (no tensor like blocks.0.0.down.weight).", hint=_HINT)
-    down = tensors.get("blocks.0.0.down.weight")
     gate_up = tensors.get("blocks.0.0.gate_up.weight")
     correction = tensors.get("correction.weight")
+    bias = tensors.get("blocks.0.0.bias_SJ")
+    num_biases = 1 if bias is None else bias.shape[0]
     has_own, has_low_rank = (any(name.startswith(kind) for name in tensors) for kind in ("own.", "low_rank."))
     output: Output = "own" if has_own else "low-rank" if has_low_rank else "shared"
     return HeadsShape(
-        num_heads=1 + max(head for head, _ in positions),
+        num_heads=max(num_biases, 1 + max(head for head, _ in positions)),
         num_layers=1 + max(layer for _, layer in positions),
-        mlp_size=0 if down is None else down.shape[-1],
-        is_sequential=down is not None and gate_up is not None and gate_up.shape[-1] == 2 * hidden_size,
+        mlp_size=0 if gate_up is None else gate_up.shape[0] // 2,
+        is_sequential=gate_up is not None and gate_up.shape[-1] == 2 * hidden_size,
+        shares_blocks=num_biases > 1,
         output=output,
         has_markov_term="markov.weight" in tensors,
         rank=1 if correction is None else correction.shape[-1],

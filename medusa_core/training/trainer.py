@@ -29,8 +29,10 @@ from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.packing import NO_TARGET, Row
 from medusa_core.training.vocabulary import draft_ids
 
-# Positions whose logits, and the gradients of them, are in memory at once, over the draft vocabulary.
-_MAX_POSITIONS = 2048
+# Logits in memory at once, and as many gradients: positions times the draft vocabulary.
+_MAX_LOGITS = 2**27
+# Tokens that go through the base model at once: enough that launching its kernels takes no longer than they do.
+_MAX_READ_TOKENS = 16_384
 _MAX_GRADIENT_NORM = 1.0
 # Of each weight of the base model, to tell another model of the same name.
 _SAMPLED_WEIGHTS = 1024
@@ -73,6 +75,20 @@ class Progress:
     learning_rate: float
     num_tokens: int
     seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    """Rows one behind the other, read by the base model. token_ids_T, target_TK: on the CPU; see `Row`. hidden_TE: behind the final
+    norm."""
+
+    token_ids_T: Tensor
+    hidden_TE: Tensor
+    target_TK: Tensor
+
+    def token_before(self, head: int, at_N: Tensor) -> Tensor:
+        """The token in front of the one that a head guesses from these positions, int64 [N]; where it has none to guess, any."""
+        return self.token_ids_T[(at_N + 1 + head).clamp(max=len(self.token_ids_T) - 1)]
 
 
 class Trainer:
@@ -177,15 +193,13 @@ class Trainer:
         num_heads = self.plan.shape.num_heads
         hits_K2 = torch.zeros(num_heads, 2)
         counts_K = torch.zeros(num_heads)
-        for row in rows:
-            hidden_TE, target_TK = self._read(row), row.targets(num_heads)
-            for at_N in _parts(target_TK):
-                before_NK = _tokens_before(row, at_N, num_heads)
-                for head, x_NE in enumerate(self._unroll(self.trained, hidden_TE[at_N], before_NK)):
-                    is_target_N = target_TK[at_N, head] != NO_TARGET
-                    logits_NV = self._logits(self.trained, head, x_NE[is_target_N], before_NK[is_target_N, head])
+        for text in self._read(rows, [row.targets(num_heads) for row in rows]):
+            for at_N in self._parts(text.target_TK):
+                for head, x_NE in enumerate(self._unroll(self.trained, text, at_N)):
+                    is_target_N = text.target_TK[at_N, head] != NO_TARGET
+                    logits_NV = self._logits(self.trained, text, head, at_N[is_target_N], x_NE[is_target_N])
                     best_NC = logits_NV.topk(num_candidates, dim=-1).indices
-                    hit_NC = best_NC == self._draft_targets(target_TK[at_N, head][is_target_N])[:, None]
+                    hit_NC = best_NC == self._draft_targets(text.target_TK[at_N, head][is_target_N])[:, None]
                     hits_K2[head] += torch.stack((hit_NC[:, 0].sum(), hit_NC.sum())).cpu()
                     counts_K[head] += len(best_NC)
         shares_K2 = hits_K2 / counts_K.clamp(min=1)[:, None]
@@ -216,26 +230,24 @@ class Trainer:
         targets = [row.targets(self.plan.shape.num_heads) for row in rows]
         num_positions_K = (torch.stack(targets) != NO_TARGET).sum(dim=(0, 1)).tolist()
         losses = [
-            self._learn_part(row, hidden_TE, target_TK, at_N, num_positions_K)
-            for row, target_TK in zip(rows, targets, strict=True)
-            for hidden_TE in [self._read(row)]
-            for at_N in _parts(target_TK)
+            self._learn_part(text, at_N, num_positions_K)
+            for text in self._read(rows, targets)
+            for at_N in self._parts(text.target_TK)
         ]
         # read once an update, as reading waits for the device
         return float(torch.stack(losses).sum()) if losses else 0.0
 
-    def _learn_part(self, row: Row, hidden_TE: Tensor, target_TK: Tensor, at_N: Tensor, num_positions_K: Sequence[int]) -> Tensor:
-        """The share of some of a row's positions. num_positions_K: of the whole update. The logits of one head at a time are in
+    def _learn_part(self, text: _Text, at_N: Tensor, num_positions_K: Sequence[int]) -> Tensor:
+        """The share of some of a text's positions. num_positions_K: of the whole update. The logits of one head at a time are in
         memory: its gradient is carried up to the blocks, and through all heads' blocks at the end."""
-        before_NK = _tokens_before(row, at_N, self.plan.shape.num_heads)
-        outputs = list(self._unroll(self.heads, hidden_TE[at_N], before_NK))
-        total = hidden_TE.new_zeros((), dtype=torch.float32)
+        outputs = list(self._unroll(self.heads, text, at_N))
+        total = text.hidden_TE.new_zeros((), dtype=torch.float32)
         gradients = []
         for head, x_NE in enumerate(outputs):
             x_NE = x_NE.detach().requires_grad_()
-            is_target_N = target_TK[at_N, head] != NO_TARGET
+            is_target_N = text.target_TK[at_N, head] != NO_TARGET
             if (num_targets := int(is_target_N.sum())) > 0:
-                loss = self._head_loss(row, head, hidden_TE, target_TK, at_N[is_target_N], x_NE[is_target_N])
+                loss = self._head_loss(text, head, at_N[is_target_N], x_NE[is_target_N])
                 loss = loss * (self.plan.loss.decay**head * num_targets / num_positions_K[head])
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
@@ -243,25 +255,28 @@ class Trainer:
         torch.autograd.backward(outputs, gradients)
         return total
 
-    def _head_loss(self, row: Row, head: int, hidden_TE: Tensor, target_TK: Tensor, at_N: Tensor, x_NE: Tensor) -> Tensor:
+    def _head_loss(self, text: _Text, head: int, at_N: Tensor, x_NE: Tensor) -> Tensor:
         """x_NE: what the head hands to the output layer at the positions at_N, which all have a target."""
         teacher_NV = None
         if self.plan.loss.needs_teacher:
             with torch.no_grad():
                 # the base model says at t + 1 + k what the head guesses from t
-                teacher_NV = self._projection(hidden_TE[at_N + 1 + head])
-        logits_NV = self._logits(self.heads, head, x_NE, _tokens_before(row, at_N, head + 1)[:, head])
-        return head_loss(logits_NV, self._draft_targets(target_TK[at_N, head]), teacher_NV, self.plan.loss)
+                teacher_NV = self._projection(text.hidden_TE[at_N + 1 + head])
+        logits_NV = self._logits(self.heads, text, head, at_N, x_NE)
+        return head_loss(logits_NV, self._draft_targets(text.target_TK[at_N, head]), teacher_NV, self.plan.loss)
 
-    @torch.no_grad()
-    def _read(self, row: Row) -> Tensor:
-        """Hidden states behind the final norm, [T, E]."""
-        device = self._loaded.device
-        output = self._loaded.base_model(
-            input_ids=row.token_ids_T[None].to(device), position_ids=row.position_ids_T[None].to(device), use_cache=False
-        )
-        hidden_TE: Tensor = output.last_hidden_state[0]
-        return hidden_TE
+    def _read(self, rows: Sequence[Row], targets: Sequence[Tensor]) -> Iterator[_Text]:
+        """Run the base model over the rows, several at once."""
+        device, at_once = self._loaded.device, max(_MAX_READ_TOKENS // len(rows[0].token_ids_T), 1)
+        for first in range(0, len(rows), at_once):
+            group = slice(first, first + at_once)
+            token_ids_BT = torch.stack([row.token_ids_T for row in rows[group]])
+            position_ids_BT = torch.stack([row.position_ids_T for row in rows[group]])
+            with torch.no_grad():
+                output = self._loaded.base_model(
+                    input_ids=token_ids_BT.to(device), position_ids=position_ids_BT.to(device), use_cache=False
+                )
+            yield _Text(token_ids_BT.flatten(), output.last_hidden_state.flatten(0, 1), torch.cat(list(targets[group])))
 
     def _new_heads(self, token_map_V: Tensor | None) -> SequentialHeads:
         """Float32, and the same for the same seed."""
@@ -278,24 +293,32 @@ class Trainer:
         heads.reset(self._projection.linear.weight)
         return heads
 
-    def _unroll(self, heads: SequentialHeads, hidden_NE: Tensor, before_NK: Tensor) -> Iterator[Tensor]:
-        """The base model's dtype is used for the products, the heads' weights are float32."""
+    def _unroll(self, heads: SequentialHeads, text: _Text, at_N: Tensor) -> Iterator[Tensor]:
+        """What each head hands to the output layer at these positions, [N, E]."""
+        before_NK = torch.stack([text.token_before(head, at_N) for head in range(heads.num_heads)], dim=1)
         with self._mixed_precision():
-            yield from heads.unroll(hidden_NE, before_NK.to(hidden_NE.device), self._embed)
+            yield from heads.unroll(text.hidden_TE[at_N], before_NK.to(self._loaded.device), self._embed)
 
-    def _logits(self, heads: SequentialHeads, head: int, x_NE: Tensor, before_N: Tensor) -> Tensor:
-        """Draft logits, float32 [N, V]."""
+    def _logits(self, heads: SequentialHeads, text: _Text, head: int, at_N: Tensor, x_NE: Tensor) -> Tensor:
+        """Draft logits, float32 [N, V], at positions that have a target."""
 
         def project(x_NE: Tensor) -> Tensor:
             logits_NV: Tensor = self._projection(x_NE.to(self._loaded.dtype))
             return logits_NV
 
         with self._mixed_precision():
-            return heads.logits(head, x_NE, before_N.to(x_NE.device), project)
+            return heads.logits(head, x_NE, text.token_before(head, at_N).to(x_NE.device), project)
 
     def _mixed_precision(self) -> torch.autocast:
+        """The base model's dtype is used for the heads' products, their weights are float32."""
         dtype = self._loaded.dtype
         return torch.autocast(self._loaded.device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+    def _parts(self, target_TK: Tensor) -> Iterator[Tensor]:
+        """Positions from which some head has a target, int64, so many at a time as memory is planned for."""
+        positions = torch.nonzero((target_TK != NO_TARGET).any(dim=1)).flatten()
+        if len(positions):
+            yield from torch.split(positions, max(_MAX_LOGITS // self._projection.num_tokens, 1))
 
     def _draft_targets(self, target_N: Tensor) -> Tensor:
         return self._draft_ids[target_N].to(self._loaded.device)
@@ -323,16 +346,3 @@ class Trainer:
             "data": f"{len(self._rows)} rows, CRC-32 {data:08x}",
             "draft vocabulary": f"{int((self._draft_ids != NO_TARGET).sum())} tokens",
         }
-
-
-def _parts(target_TK: Tensor) -> Iterator[Tensor]:
-    """Positions from which some head has a target, int64, so many at a time as memory is planned for."""
-    positions = torch.nonzero((target_TK != NO_TARGET).any(dim=1)).flatten()
-    if len(positions):
-        yield from torch.split(positions, _MAX_POSITIONS)
-
-
-def _tokens_before(row: Row, at_N: Tensor, num_heads: int) -> Tensor:
-    """The token in front of the one that each head guesses from these positions, int64 [N, K]; behind the row's end any."""
-    ahead_NK = at_N[:, None] + torch.arange(1, num_heads + 1)
-    return row.token_ids_T[ahead_NK.clamp(max=len(row.token_ids_T) - 1)]
