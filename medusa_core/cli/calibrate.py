@@ -34,7 +34,7 @@ from medusa_core.params import SamplingParams
 from medusa_core.runtime.memory import release_memory
 from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer, answer_prompts
-from medusa_core.training.measure import Position, calibrate, tokens_per_step
+from medusa_core.training.measure import MeasuredAnswer, calibrate, tokens_per_step
 from medusa_core.training.tree_plot import plot_tree
 
 # The sizes that the report shows category by category.
@@ -88,8 +88,8 @@ def calibrate_heads(
     release_memory()
 
     what = f"{len(questions)} prompts of {prompts.name}, greedy answers of up to {max_tokens} tokens"
-    calibration, positions, heads_path = _measure(config, answers, what, progress)
-    _report(calibration, positions)
+    calibration, measured, heads_path = _measure(config, answers, what, progress)
+    _report(calibration, measured)
     path = output or calibration_path(heads_path)
     save_calibration(calibration, path)
     print(f"\nwritten: {path}")
@@ -99,7 +99,9 @@ def calibrate_heads(
         print(f"written: {picture}")
 
 
-def _measure(config: ModelConfig, answers: Sequence[Answer], what: str, progress: bool) -> tuple[Calibration, list[Position], Path]:
+def _measure(
+    config: ModelConfig, answers: Sequence[Answer], what: str, progress: bool
+) -> tuple[Calibration, list[MeasuredAnswer], Path]:
     """What `calibrate` returns, and where the heads are."""
     loaded = load_model(config, progress=progress)
     heads_path = find_heads(config, loaded, progress=progress)
@@ -108,11 +110,11 @@ def _measure(config: ModelConfig, answers: Sequence[Answer], what: str, progress
     vocabulary = f"draft vocabulary of {heads.draft_vocab_size:,}" if heads.draft_vocab_size else "the whole vocabulary"
     dtype = str(loaded.dtype).removeprefix("torch.")
     source = f"{what} by {loaded.name} in {dtype}, {vocabulary}"
-    calibration, positions = calibrate(heads, loaded, answers, source=source, progress=progress)
-    return calibration, positions, heads_path
+    calibration, measured = calibrate(heads, loaded, answers, source=source, progress=progress)
+    return calibration, measured, heads_path
 
 
-def _report(calibration: Calibration, positions: Sequence[Position]) -> None:
+def _report(calibration: Calibration, measured: Sequence[MeasuredAnswer]) -> None:
     """Markdown tables: accuracy by head, tokens per step by nodes, and by category."""
     num_candidates = len(calibration.rank_accuracy[0])
     print(f"{calibration.num_tokens:,} positions: {calibration.source}\n")
@@ -121,14 +123,17 @@ def _report(calibration: Calibration, positions: Sequence[Position]) -> None:
         print(f"| {number} | {shares[0]:.3f} | {sum(shares[:3]):.3f} | {sum(shares):.3f} |")
     tree = calibration.tree
     assert tree is not None
-    sizes = [size for size in NODE_BUCKETS if size <= tree.num_nodes]
-    print("\nExpected tokens per step, by nodes of the tree (root included):\n")
-    print(f"| {' | '.join(map(str, sizes))} |\n|{' --- |' * len(sizes)}")
-    print(f"| {' | '.join(f'{1 + sum(calibration.node_acceptance[: size - 1]):.2f}' for size in sizes)} |")
-    sizes = [size for size in _CATEGORY_SIZES if size <= tree.num_nodes]
-    print("\nMeasured, by category:\n")
-    print(f"| category | positions | {' | '.join(f'{size} nodes' for size in sizes)} |\n| --- | --- |{' --- |' * len(sizes)}")
-    for category in dict.fromkeys(position.category for position in positions):
-        members = [position for position in positions if position.category == category]
-        measured = " | ".join(f"{tokens_per_step(tree.prefix(size), members):.2f}" for size in sizes)
-        print(f"| {category} | {len(members):,} | {measured} |")
+    sizes = [size for size in NODE_BUCKETS if 1 < size <= tree.num_nodes]
+    print("\nTokens per step, by nodes of the tree (root included):\n")
+    print(f"| category | tokens | {' | '.join(map(str, sizes))} |\n| --- | --- |{' --- |' * len(sizes)}")
+    by_category = {answer.category: [other for other in measured if other.category == answer.category] for answer in measured}
+    rows = {name: [tokens_per_step(tree.prefix(size), answers) for size in sizes] for name, answers in by_category.items()}
+    for name, figures in rows.items():
+        print(_row(name, sum(len(answer.paths) for answer in by_category[name]), figures))
+    if len(rows) > 1:
+        print(_row("mean of the categories", None, [sum(column) / len(rows) for column in zip(*rows.values(), strict=True)]))
+    print(_row("all steps", calibration.num_tokens, [tokens_per_step(tree.prefix(size), measured) for size in sizes]))
+
+
+def _row(name: str, num_tokens: int | None, figures: Sequence[float]) -> str:
+    return f"| {name} | {'' if num_tokens is None else f'{num_tokens:,}'} | {' | '.join(f'{figure:.2f}' for figure in figures)} |"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+import shutil
 import signal
 import sys
 import threading
@@ -18,6 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from tqdm import tqdm
+from transformers import AutoTokenizer
 
 from medusa_core.cli.bench_checks import is_given
 from medusa_core.cli.options import (
@@ -54,6 +56,7 @@ from medusa_core.training.self_generation import (
     read_conversations,
 )
 from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.tuned_base import JointPlan, TunedBase
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -61,7 +64,9 @@ logger = logging.getLogger(__name__)
 _SHAPE = HeadsShape()
 _PLAN = TrainingPlan()
 _LOSS = LossWeights()
+_JOINT = JointPlan(epochs=1)
 _HEADS_FILE = "medusa_lm_head.safetensors"
+_MODEL_FOLDER = "model"
 _CHECKPOINT_FILE = "checkpoint.pt"
 _CONVERSATIONS = "conversations"
 _DEFAULT_ROW_LEN = 2048
@@ -110,6 +115,16 @@ def train(
     int8: Annotated[bool, typer.Option("--int8", help="Write the weights in 8 bits.")] = False,
     draft_vocab_size: Annotated[int, typer.Option(min=16, help="Most frequent tokens that heads may guess.")] = 32_768,
     epochs: Annotated[int, typer.Option(min=1, help="Passes over the data.")] = _PLAN.epochs,
+    joint_epochs: Annotated[
+        int, typer.Option(min=0, help="Passes after those in which the model learns too (Medusa-2); it is written to OUTPUT/model.")
+    ] = 0,
+    lora_rank: Annotated[
+        int, typer.Option(min=0, help="Of the adapters that --joint-epochs train; 0 trains all layers of the model.")
+    ] = _JOINT.lora_rank,
+    base_learning_rate: Annotated[float, typer.Option(help="The highest of the model, in --joint-epochs.")] = _JOINT.learning_rate,
+    heads_weight: Annotated[
+        float, typer.Option(help="Weight of all heads' losses beside the model's own, in --joint-epochs.")
+    ] = _JOINT.heads_weight,
     row_len: Annotated[
         int | None,
         typer.Option(min=8, help="Tokens of a row of packed documents, longer ones are cut; 2048, or the model's limit."),
@@ -142,8 +157,13 @@ def train(
     )  # fmt: skip
     if is_given(context, "rank") and not shape.has_correction:
         raise ConfigError("--rank is that of a correction, and there is none.", hint="Add --markov or --output-layer low-rank.")
+    joint = None
+    if joint_epochs:
+        joint = JointPlan(epochs=joint_epochs, lora_rank=lora_rank, learning_rate=base_learning_rate, heads_weight=heads_weight)
+    elif unused := next((name for name in ("lora_rank", "base_learning_rate", "heads_weight") if is_given(context, name)), None):
+        raise ConfigError(f"--{unused.replace('_', '-')} is about training the model as well.", hint="Add --joint-epochs.")
     plan = TrainingPlan(
-        shape=shape, epochs=epochs, rows_per_update=rows_per_update,
+        joint=joint, shape=shape, epochs=epochs, rows_per_update=rows_per_update,
         learning_rate=learning_rate, warmup_share=warmup_share, ema_decay=ema_decay, seed=seed, loss=loss,
     )  # fmt: skip
     config = model_config(model, "none", revision, dtype, device, max_model_len, trust_remote_code)
@@ -169,9 +189,12 @@ def train(
         metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
         heads_dtype = torch.int8 if int8 else loaded.dtype
         export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=heads_dtype, metadata=metadata)
+        agreement = trainer.compare_base(validation_rows) if joint and validation_rows else None
+        if trainer.base is not None and is_finished:
+            _save_model(trainer.base, loaded, output)
         if not no_plots:
             TrainingLog.plot(output)
-    _report(trainer, accuracies, output, model, is_finished)
+    _report(trainer, accuracies, agreement, output, model, is_finished)
 
 
 @contextmanager
@@ -289,7 +312,22 @@ def _run(trainer: Trainer, output: Path, should_stop: Callable[[], bool], progre
     return trainer.num_updates_done == trainer.num_updates
 
 
-def _report(trainer: Trainer, accuracies: list[tuple[float, float]], output: Path, model: str | None, is_finished: bool) -> None:
+def _save_model(base: TunedBase, loaded: LoadedModel, output: Path) -> None:
+    """The trained model in a folder of its own, with its tokenizer and its heads."""
+    folder = output / _MODEL_FOLDER
+    base.save(folder)
+    AutoTokenizer.from_pretrained(loaded.folder, local_files_only=True).save_pretrained(folder)
+    shutil.copyfile(output / _HEADS_FILE, folder / _HEADS_FILE)
+
+
+def _report(
+    trainer: Trainer,
+    accuracies: list[tuple[float, float]],
+    agreement: float | None,
+    output: Path,
+    model: str | None,
+    is_finished: bool,
+) -> None:
     print(f"{trainer.num_updates_done} of {trainer.num_updates} updates\n")
     if accuracies:
         print("Accuracy on rows kept back:\n\n| head | top 1 | top 10 |\n| --- | --- | --- |")
@@ -297,10 +335,15 @@ def _report(trainer: Trainer, accuracies: list[tuple[float, float]], output: Pat
             print(f"| {number} | {top1:.3f} | {top10:.3f} |")
     else:
         print("With a single row of data none was kept back, so nothing is known of the heads' accuracy.")
+    if agreement is not None:
+        print(f"\nThe model says what it said before training for {100 * agreement:.1f} % of the tokens.")
     print(f"\nwritten: {output / _HEADS_FILE}")
     if not is_finished:
         print("stopped before the end; the same command goes on")
     if find_calibration(output):
         print("the calibration there is of other heads: measure these")
-    model_option = "" if model is None else f"--model {model} "
-    print(f"next: medusa calibrate {model_option}--heads {output} --prompts <prompts that were not learned from>")
+    heads_option = f"--heads {output}" if model is None else f"--model {model} --heads {output}"
+    if trainer.base is not None and is_finished:
+        print(f"written: {output / _MODEL_FOLDER}, the model that these heads are for")
+        heads_option = f"--model {output / _MODEL_FOLDER}"
+    print(f"next: medusa calibrate {heads_option} --prompts <prompts that were not learned from>")

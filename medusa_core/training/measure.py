@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -21,14 +21,25 @@ from medusa_core.tree.topology import MAX_NODES, Choice, TreeTopology
 
 # Positions whose draft logits are in memory at once.
 _MAX_ROWS = 256
+# The tree for which steps are followed when the best one is looked for, and how often that is repeated.
+_TYPICAL_NODES = 16
+_TREE_ROUNDS = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Position:
-    """One place in an answer at which a step could start. path: the ranks of the right tokens, up to the first head that missed."""
+class MeasuredAnswer:
+    """What heads get right along one answer. paths: for each place at which a step could start, in order, the ranks of the right
+    tokens, up to the first head that missed."""
 
     category: str
-    path: Choice
+    paths: tuple[Choice, ...]
+
+    def steps(self, tree: TreeTopology) -> Iterator[int]:
+        """Where steps with this tree start, one after the other: each as far behind the one before as that emits tokens."""
+        choices, at = set(tree.choices), 0
+        while at < len(self.paths):
+            yield at
+            at += 1 + _num_accepted(self.paths[at], choices)
 
 
 @torch.inference_mode()
@@ -71,36 +82,63 @@ def calibrate(
     source: str,
     num_candidates: int = 10,
     progress: bool = False,
-) -> tuple[Calibration, list[Position]]:
+) -> tuple[Calibration, list[MeasuredAnswer]]:
     """Measure the heads along the answers and choose the best nested tree. Answers of one token have no position to measure.
 
-    Raises ConfigError where no answer has one.
+    Steps start more often where text is hard to guess, since each one skips what it got right. So the tree is chosen for the places
+    at which steps with it start, not for all alike, in a few rounds.
+
+    Raises ConfigError where no answer has a position.
     """
-    positions: list[Position] = []
-    ranks_NK = [torch.zeros(0, heads.num_heads, dtype=torch.int64)]
+    measured: list[MeasuredAnswer] = []
+    ranks: list[Tensor] = []
     for answer in tqdm(answers, desc="measuring heads", unit="answer", disable=not progress):
         if len(answer.output_token_ids) < 2:
             continue
-        ranks_NK.append(observed_ranks(heads, loaded, answer, num_candidates))
-        positions += [Position(category=answer.category, path=_path(row, num_candidates)) for row in ranks_NK[-1].tolist()]
-    if not positions:
+        ranks.append(observed_ranks(heads, loaded, answer, num_candidates))
+        paths = tuple(_path(row, num_candidates) for row in ranks[-1].tolist())
+        measured.append(MeasuredAnswer(category=answer.category, paths=paths))
+    if not measured:
         raise ConfigError("No answer is longer than one token, so there is nothing to measure.", hint="Use other prompts.")
-    all_NK = torch.cat(ranks_NK)
-    accuracy = tuple(
-        tuple(float((all_NK[:, head] == rank).float().mean()) for rank in range(num_candidates)) for head in range(heads.num_heads)
-    )
-    tree, acceptance = best_observed_tree((position.path for position in positions), accuracy, MAX_NODES)
+    starts: list[Sequence[int]] = [range(len(answer.paths)) for answer in measured]
+    tree, acceptance = _tree_for(measured, ranks, starts, num_candidates)
+    for _ in range(_TREE_ROUNDS):
+        starts = [list(answer.steps(tree.prefix(_TYPICAL_NODES))) for answer in measured]
+        tree, acceptance = _tree_for(measured, ranks, starts, num_candidates)
     calibration = Calibration(
-        rank_accuracy=accuracy, num_tokens=len(positions), source=source, tree=tree, node_acceptance=acceptance
+        rank_accuracy=_rank_accuracy(torch.cat(ranks), num_candidates),
+        num_tokens=sum(len(answer.paths) for answer in measured),
+        source=source,
+        tree=tree,
+        node_acceptance=acceptance,
     )
-    return calibration, positions
+    return calibration, measured
 
 
-def tokens_per_step(tree: TreeTopology, positions: Sequence[Position]) -> float:
-    """Mean tokens that steps from these positions emit with this tree: the bonus, and each accepted node."""
-    choices = set(tree.choices)
-    num_accepted = sum(position.path[:length] in choices for position in positions for length in range(1, len(position.path) + 1))
-    return 1.0 + num_accepted / len(positions)
+def tokens_per_step(tree: TreeTopology, answers: Sequence[MeasuredAnswer]) -> float:
+    """Tokens of the answers behind their first, per step that it takes to emit them with this tree."""
+    num_steps = sum(1 for answer in answers for _ in answer.steps(tree))
+    return sum(len(answer.paths) for answer in answers) / num_steps
+
+
+def _tree_for(
+    measured: Sequence[MeasuredAnswer], ranks: Sequence[Tensor], starts: Sequence[Sequence[int]], num_candidates: int
+) -> tuple[TreeTopology, tuple[float, ...]]:
+    """The best tree for steps that start at these places of each answer, and how often its nodes are accepted there."""
+    paths = (answer.paths[at] for answer, places in zip(measured, starts, strict=True) for at in places)
+    ranks_NK = torch.cat([ranks_NK[list(places)] for ranks_NK, places in zip(ranks, starts, strict=True)])
+    return best_observed_tree(paths, _rank_accuracy(ranks_NK, num_candidates), MAX_NODES)
+
+
+def _rank_accuracy(ranks_NK: Tensor, num_candidates: int) -> tuple[tuple[float, ...], ...]:
+    """How often the token of each rank was right, [K][C]."""
+    return tuple(
+        tuple(float((head_N == rank).float().mean()) for rank in range(num_candidates)) for head_N in ranks_NK.unbind(dim=1)
+    )
+
+
+def _num_accepted(path: Choice, choices: Set[Choice]) -> int:
+    return next((length for length in range(len(path)) if path[: length + 1] not in choices), len(path))
 
 
 def _path(ranks: Sequence[int], num_candidates: int) -> Choice:

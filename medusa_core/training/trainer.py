@@ -1,7 +1,9 @@
-"""Medusa-1: heads learn on a base model that stays as it is (arXiv:2401.10774, section 3.1).
+"""Heads learn on a base model that stays as it is (Medusa-1), and then together with it, if that is asked for (Medusa-2).
 
-Each row of packed documents goes through the base model once, without gradients; its hidden states are what heads read, and its own
-logits what they are compared with. A run can be stopped between any two updates and goes on from its checkpoint bit for bit.
+Rows of packed documents go through the base model; its hidden states are what heads read, and its own logits what they are compared
+with (arXiv:2401.10774, section 3.1). In the joint stage the model has a loss of its own beside the heads', and the logits are those
+of the model as it was before (self-distillation, section 3.2). A run can be stopped between any two updates and goes on from its
+checkpoint bit for bit.
 """
 
 # Shape suffixes: T tokens of a row · N positions with a target · K heads · E hidden · V draft vocabulary
@@ -27,12 +29,15 @@ from medusa_core.model.projection import Projection
 from medusa_core.model.sequential_heads import HeadsShape, SequentialHeads
 from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.packing import NO_TARGET, Row
+from medusa_core.training.tuned_base import JointPlan, TunedBase, read_frozen
 from medusa_core.training.vocabulary import draft_ids
 
 # Logits in memory at once, and as many gradients: positions times the draft vocabulary.
 _MAX_LOGITS = 2**27
 # Tokens that go through the base model at once: enough that launching its kernels takes no longer than they do.
 _MAX_READ_TOKENS = 16_384
+# The same with gradients: what every layer computed stays in memory.
+_MAX_JOINT_TOKENS = 8192
 _MAX_GRADIENT_NORM = 1.0
 # Of each weight of the base model, to tell another model of the same name.
 _SAMPLED_WEIGHTS = 1024
@@ -45,6 +50,7 @@ class TrainingPlan:
     learning_rate: the highest, after `warmup_share` of all updates; it then falls to 0 along a cosine.
     ema_decay: of the moving average over updates that is exported; 0 exports the last update's heads. Update n counts with at least
         9 / (10 + n), so that the average of a short run is not that of its beginning.
+    joint: what follows the `epochs` in which heads learn alone; None for Medusa-1.
     """
 
     shape: HeadsShape = field(default_factory=HeadsShape)
@@ -55,6 +61,7 @@ class TrainingPlan:
     ema_decay: float = 0.99
     seed: int = 0
     loss: LossWeights = field(default_factory=LossWeights)
+    joint: JointPlan | None = None
 
     def __post_init__(self) -> None:
         for name in ("epochs", "rows_per_update"):
@@ -80,10 +87,11 @@ class Progress:
 @dataclass(frozen=True, slots=True)
 class _Text:
     """Rows one behind the other, read by the base model. token_ids_T, target_TK: on the CPU; see `Row`. hidden_TE: behind the final
-    norm."""
+    norm; in the joint stage its gradient is collected. original_TE: the same, of the model as it was before training."""
 
     token_ids_T: Tensor
     hidden_TE: Tensor
+    original_TE: Tensor
     target_TK: Tensor
 
     def token_before(self, head: int, at_N: Tensor) -> Tensor:
@@ -112,12 +120,28 @@ class Trainer:
         self._embed = loaded.model.get_input_embeddings()
         self.heads = self._new_heads(token_map_V)
         self._average = AveragedModel(self.heads, avg_fn=self._moving_average)
-        self._optimizer = torch.optim.AdamW(self.heads.parameters(), lr=plan.learning_rate, weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, self._learning_rate_factor)
+        # of the model as it was, whatever becomes of it
+        self._written_for = self._fingerprint()
+        self.base: TunedBase | None = None
+        groups: list[dict[str, Any]] = [{"params": list(self.heads.parameters()), "lr": plan.learning_rate}]
+        factors: list[Callable[[int], float]] = [self._learning_rate_factor]
+        if plan.joint is not None:
+            self.base = TunedBase(loaded, plan.joint, plan.seed)
+            groups.append({"params": self.base.parameters, "lr": plan.joint.learning_rate})
+            factors.append(self._base_learning_rate_factor)
+        self._trained = [parameter for group in groups for parameter in group["params"]]
+        self._optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._optimizer, factors)
         self.num_updates_done = 0
 
     @property
     def num_updates(self) -> int:
+        num_joint_epochs = 0 if self.plan.joint is None else self.plan.joint.epochs
+        return self._updates_per_epoch * (self.plan.epochs + num_joint_epochs)
+
+    @property
+    def num_updates_alone(self) -> int:
+        """Updates in which heads learn alone."""
         return self._updates_per_epoch * self.plan.epochs
 
     @property
@@ -138,7 +162,7 @@ class Trainer:
                 raise ConfigError(
                     f"The loss of update {update + 1} is {loss}.", hint="Lower --learning-rate, or use --dtype float32."
                 )
-            torch.nn.utils.clip_grad_norm_(self.heads.parameters(), _MAX_GRADIENT_NORM)
+            torch.nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
             learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
             self._schedule.step()
@@ -157,12 +181,13 @@ class Trainer:
     def save(self, path: Path) -> None:
         """Everything needed to go on. The file of an earlier checkpoint is replaced as a whole."""
         state = {
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self._written_for,
             "num_updates_done": self.num_updates_done,
             "heads": self.heads.state_dict(),
             "average": self._average.state_dict(),
             "optimizer": self._optimizer.state_dict(),
             "schedule": self._schedule.state_dict(),
+            "base": None if self.base is None else self.base.state_dict(),
         }
         partial = path.with_suffix(".partial")
         torch.save(state, partial)
@@ -175,7 +200,7 @@ class Trainer:
             written = dict(state["fingerprint"])
         except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, pickle.UnpicklingError) as error:
             raise ConfigError(f"{path} is no checkpoint ({error}).", hint="Delete it to train anew.") from error
-        mine = self._fingerprint()
+        mine = self._written_for
         if different := [f"{name} ({written.get(name)}, now {mine[name]})" for name in mine if written.get(name) != mine[name]]:
             raise ConfigError(
                 f"{path} was written with another {', '.join(different)}.",
@@ -186,6 +211,8 @@ class Trainer:
         self._average.load_state_dict(state["average"])
         self._optimizer.load_state_dict(state["optimizer"])
         self._schedule.load_state_dict(state["schedule"])
+        if self.base is not None:
+            self.base.load_state_dict(state["base"])
 
     @torch.no_grad()
     def validate(self, rows: Sequence[Row], num_candidates: int = 10) -> list[tuple[float, float]]:
@@ -204,6 +231,20 @@ class Trainer:
                     counts_K[head] += len(best_NC)
         shares_K2 = hits_K2 / counts_K.clamp(min=1)[:, None]
         return [(top1, top10) for top1, top10 in shares_K2.tolist()]
+
+    @torch.no_grad()
+    def compare_base(self, rows: Sequence[Row]) -> float:
+        """How often the base model, trained or not, says the same next token as it did before training; 0 to 1."""
+        num_same = num_positions = 0
+        for text in self._read(rows, [row.targets(1) for row in rows]):
+            at_N = torch.nonzero(text.target_TK[:, 0] != NO_TARGET).flatten() + 1
+            num_positions += len(at_N)
+            for part_N in torch.split(at_N, max(_MAX_LOGITS // self._loaded.vocab_size, 1)):
+                now_N, before_N = (
+                    self._loaded.project(states_TE[part_N]).argmax(dim=-1) for states_TE in (text.hidden_TE, text.original_TE)
+                )
+                num_same += int((now_N == before_N).sum())
+        return num_same / max(num_positions, 1)
 
     @property
     def _updates_per_epoch(self) -> int:
@@ -229,11 +270,11 @@ class Trainer:
         """Add the gradients of an update, in which every position counts the same, whichever row it is in. Returns its loss."""
         targets = [row.targets(self.plan.shape.num_heads) for row in rows]
         num_positions_K = (torch.stack(targets) != NO_TARGET).sum(dim=(0, 1)).tolist()
-        losses = [
-            self._learn_part(text, at_N, num_positions_K)
-            for text in self._read(rows, targets)
-            for at_N in self._parts(text.target_TK)
-        ]
+        losses: list[Tensor] = []
+        for text in self._read(rows, targets):
+            losses += [self._learn_part(text, at_N, num_positions_K) for at_N in self._parts(text.target_TK)]
+            if self._is_joint:
+                losses += self._learn_base(text, num_positions_K[0])
         # read once an update, as reading waits for the device
         return float(torch.stack(losses).sum()) if losses else 0.0
 
@@ -248,7 +289,8 @@ class Trainer:
             is_target_N = text.target_TK[at_N, head] != NO_TARGET
             if (num_targets := int(is_target_N.sum())) > 0:
                 loss = self._head_loss(text, head, at_N[is_target_N], x_NE[is_target_N])
-                loss = loss * (self.plan.loss.decay**head * num_targets / num_positions_K[head])
+                weight = self.plan.loss.decay**head * num_targets / num_positions_K[head]
+                loss = loss * (weight if self.plan.joint is None or not self._is_joint else weight * self.plan.joint.heads_weight)
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             gradients.append(torch.zeros_like(x_NE) if x_NE.grad is None else x_NE.grad)
@@ -261,22 +303,49 @@ class Trainer:
         if self.plan.loss.needs_teacher:
             with torch.no_grad():
                 # the base model says at t + 1 + k what the head guesses from t
-                teacher_NV = self._projection(text.hidden_TE[at_N + 1 + head])
+                teacher_NV = self._projection(text.original_TE[at_N + 1 + head])
         logits_NV = self._logits(self.heads, text, head, at_N, x_NE)
         return head_loss(logits_NV, self._draft_targets(text.target_TK[at_N, head]), teacher_NV, self.plan.loss)
 
+    def _learn_base(self, text: _Text, num_positions: int) -> list[Tensor]:
+        """The base model's own losses in the joint stage, of the tokens that the first head guesses too, and their gradients on its
+        hidden states."""
+        losses: list[Tensor] = []
+        at_N = torch.nonzero(text.target_TK[:, 0] != NO_TARGET).flatten()
+        if not len(at_N):
+            return losses
+        for part_N in torch.split(at_N, max(_MAX_LOGITS // self._loaded.vocab_size, 1)):
+            with torch.no_grad():
+                original_NV = self._loaded.project(text.original_TE[part_N + 1])
+            logits_NV = self._loaded.project(text.hidden_TE[part_N + 1])
+            target_N = text.target_TK[part_N, 0].to(logits_NV.device)
+            loss = head_loss(logits_NV, target_N, original_NV, self.plan.loss) * (len(part_N) / num_positions)
+            loss.backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return losses
+
+    @property
+    def _is_joint(self) -> bool:
+        return self.base is not None and self.num_updates_done >= self.num_updates_alone
+
     def _read(self, rows: Sequence[Row], targets: Sequence[Tensor]) -> Iterator[_Text]:
-        """Run the base model over the rows, several at once."""
-        device, at_once = self._loaded.device, max(_MAX_READ_TOKENS // len(rows[0].token_ids_T), 1)
+        """Run the base model over the rows, several at once. In the joint stage, the gradient that has come together on a text's
+        hidden states when the next one is asked for goes on through the model."""
+        device, is_learning = self._loaded.device, self._is_joint and torch.is_grad_enabled()
+        at_once = max((_MAX_JOINT_TOKENS if is_learning else _MAX_READ_TOKENS) // len(rows[0].token_ids_T), 1)
         for first in range(0, len(rows), at_once):
             group = slice(first, first + at_once)
             token_ids_BT = torch.stack([row.token_ids_T for row in rows[group]])
-            position_ids_BT = torch.stack([row.position_ids_T for row in rows[group]])
-            with torch.no_grad():
-                output = self._loaded.base_model(
-                    input_ids=token_ids_BT.to(device), position_ids=position_ids_BT.to(device), use_cache=False
-                )
-            yield _Text(token_ids_BT.flatten(), output.last_hidden_state.flatten(0, 1), torch.cat(list(targets[group])))
+            inputs = (token_ids_BT.to(device), torch.stack([row.position_ids_T for row in rows[group]]).to(device))
+            if self.base is None:
+                original_BTE = hidden_BTE = read_frozen(self._loaded, *inputs)
+            else:
+                original_BTE, hidden_BTE = self.base.read(*inputs, has_started=self._is_joint)
+            read_TE = hidden_BTE.detach().flatten(0, 1).requires_grad_(is_learning)
+            target_TK = torch.cat(list(targets[group]))
+            yield _Text(token_ids_BT.flatten(), read_TE, original_BTE.flatten(0, 1), target_TK)
+            if is_learning and read_TE.grad is not None:
+                torch.autograd.backward(hidden_BTE, read_TE.grad.view_as(hidden_BTE))
 
     def _new_heads(self, token_map_V: Tensor | None) -> SequentialHeads:
         """Float32, and the same for the same seed."""
@@ -324,10 +393,11 @@ class Trainer:
         return self._draft_ids[target_N].to(self._loaded.device)
 
     def _learning_rate_factor(self, update: int) -> float:
-        num_warmup = int(self.plan.warmup_share * self.num_updates)
-        if update < num_warmup:
-            return (update + 1) / num_warmup
-        return 0.5 * (1.0 + math.cos(math.pi * (update - num_warmup) / max(self.num_updates - num_warmup, 1)))
+        return _warm_cosine(update, self.num_updates, self.plan.warmup_share)
+
+    def _base_learning_rate_factor(self, update: int) -> float:
+        first = self.num_updates_alone
+        return 0.0 if update < first else _warm_cosine(update - first, self.num_updates - first, self.plan.warmup_share)
 
     def _fingerprint(self) -> dict[str, Any]:
         """What a checkpoint must agree on."""
@@ -341,8 +411,16 @@ class Trainer:
         return {
             **plan.pop("loss"),
             **plan.pop("shape"),
+            "joint": str(plan.pop("joint")),
             **plan,
             "model": f"{self._loaded.name}, {self._loaded.dtype}, CRC-32 {weights:08x}",
             "data": f"{len(self._rows)} rows, CRC-32 {data:08x}",
             "draft vocabulary": f"{int((self._draft_ids != NO_TARGET).sum())} tokens",
         }
+
+
+def _warm_cosine(update: int, num_updates: int, warmup_share: float) -> float:
+    num_warmup = int(warmup_share * num_updates)
+    if update < num_warmup:
+        return (update + 1) / num_warmup
+    return 0.5 * (1.0 + math.cos(math.pi * (update - num_warmup) / max(num_updates - num_warmup, 1)))

@@ -76,6 +76,47 @@ def test_heads_are_trained_logged_and_served(train, tiny, data, tmp_path):
     assert core.info.num_heads == 3
 
 
+def test_a_model_trained_with_its_heads_is_served_from_its_own_folder(train, tiny, data, tmp_path):
+    output = tmp_path / "out"
+    code, out, err = train(
+        "--data", data, "--output", output, *FAST, "--joint-epochs", "1", "--lora-rank", "2", "--no-plots", *tiny
+    )
+    assert code == 0, err
+    assert "The model says what it said before training for" in out
+    assert f"medusa calibrate --model {output / 'model'} --prompts" in out
+    model = ModelConfig(model=str(output / "model"), dtype="float32", device="cpu")
+    core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
+    assert core.info.num_heads == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--lora-rank", "4"], "Add --joint-epochs"),
+        (["--rank", "4"], "Add --markov"),
+        (["--sequential"], "gated blocks"),
+        (["--share-blocks"], "would all guess the same"),
+        (["--output-layer", "own", "--markov"], "Markov term"),
+    ],
+)
+def test_shapes_that_make_no_sense_are_refused_before_anything_is_loaded(train, tiny, data, tmp_path, arguments, message):
+    code, _, err = train("--data", data, "--output", tmp_path / "out", *FAST, *arguments, *tiny)
+    assert code == 2
+    assert message in err
+
+
+def test_heads_of_our_own_shape_in_eight_bits(train, tiny, data, tmp_path):
+    output = tmp_path / "out"
+    fast = FAST[: -len(MEDUSA)]
+    code, _, err = train("--data", data, "--output", output, *fast, "--markov", "--rank", "4", "--int8", "--no-plots", *tiny)
+    assert code == 0, err
+    with safe_open(output / "medusa_lm_head.safetensors", framework="pt") as file:
+        assert {"blocks.0.0.gate_up.weight", "blocks.0.0.gate_up.weight_scale", "markov.weight", "token_map"} <= set(file.keys())
+    model = ModelConfig(model=tiny[1], heads=str(output), dtype="float32", device="cpu")
+    core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
+    assert core.info.num_heads == 3
+
+
 def test_a_stopped_run_goes_on_with_the_same_command(train, tiny, data, tmp_path, monkeypatch):
     arguments = ["--data", data, *FAST, "--no-plots", *tiny]
     whole, pieces = tmp_path / "whole", tmp_path / "pieces"

@@ -19,10 +19,11 @@ from medusa_core.params import SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.export import export_heads
-from medusa_core.training.measure import calibrate, observed_ranks, tokens_per_step
+from medusa_core.training.measure import MeasuredAnswer, calibrate, observed_ranks, tokens_per_step
 from medusa_core.training.packing import pack_samples
 from medusa_core.training.samples import answer_sample
 from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.tree.topology import TreeTopology
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
 NUM_HEADS = 3
@@ -129,42 +130,54 @@ def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, n
     """Steps of the engine with the calibrated tree, one by one: each accepts the measured path as far as the tree has it."""
     loaded = load_model(config(folder).model, progress=False)
     heads = load_heads(any_heads_file, loaded)
-    calibration, positions = calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)
+    calibration, measured = calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)
     tree = calibration.tree.prefix(num_nodes)
     choices = set(tree.choices)
 
     speculative = config(folder)
     speculative = dataclasses.replace(speculative, speculation=dataclasses.replace(speculative.speculation, tree_size=num_nodes))
     core = assemble_engine(speculative, loaded, CalibratedHeads(heads, calibration))
-    first = num_drafts = num_steps = 0
-    for answer in answers:
-        paths = [position.path for position in positions[first : first + len(answer.output_token_ids) - 1]]
-        first += len(paths)
+    num_drafts = num_steps = 0
+    for answer, expected in zip(answers, measured, strict=True):
+        starts = list(expected.steps(tree))
         core.submit(EngineRequest(request_id="one", prompt_token_ids=answer.prompt_token_ids, params=GREEDY))
         output: list[int] = []
         while core.has_work:
             for delta in core.step():
                 if delta.num_draft_nodes:
-                    path = paths[len(output) - 1]
+                    assert starts.pop(0) == len(output) - 1
+                    path = expected.paths[len(output) - 1]
                     accepted = next(length for length in range(len(path), -1, -1) if not length or path[:length] in choices)
                     assert delta.num_accepted == accepted
                     num_drafts += accepted
                     num_steps += 1
                 output += delta.token_ids
         assert output == answer.output_token_ids
-    assert first == len(positions) == calibration.num_tokens
+        # what is left is where only the last token was missing, for which no tree is offered
+        assert not starts or starts == [len(output) - 2]
+    assert sum(len(answer.paths) for answer in measured) == calibration.num_tokens
     assert num_drafts > 20, "these heads are never right, so nothing was compared"
-    assert tokens_per_step(tree, positions) > 1.0
+    assert tokens_per_step(tree, measured) == pytest.approx(calibration.num_tokens / num_steps, rel=0.1)
 
 
 def test_a_calibration_is_worth_what_it_says(folder, answers, heads_file):
     loaded = load_model(config(folder).model, progress=False)
-    calibration, positions = calibrate(load_heads(heads_file, loaded), loaded, answers, source="a test", num_candidates=CANDIDATES)
+    calibration, measured = calibrate(load_heads(heads_file, loaded), loaded, answers, source="a test", num_candidates=CANDIDATES)
     assert [len(shares) for shares in calibration.rank_accuracy] == [CANDIDATES] * NUM_HEADS
-    first_right = sum(position.path[:1] == (0,) for position in positions)
-    assert calibration.rank_accuracy[0][0] == pytest.approx(first_right / len(positions))
+    first_right = sum(path[:1] == (0,) for answer in measured for path in answer.paths)
+    assert calibration.rank_accuracy[0][0] == pytest.approx(first_right / calibration.num_tokens)
     # Shares of rarely seen parents lean on what the heads do anywhere, so the two need not be equal.
-    assert 1 + sum(calibration.node_acceptance) == pytest.approx(tokens_per_step(calibration.tree, positions), rel=0.1)
+    expected = 1 + sum(calibration.node_acceptance[: 16 - 1])
+    assert expected == pytest.approx(tokens_per_step(calibration.tree.prefix(16), measured), rel=0.1)
+
+
+def test_a_tree_is_chosen_for_where_steps_start():
+    """A step that goes far is followed by one behind it, so hard places count more than their share of the text."""
+    easy, hard = (0, 0, 0), (1,)
+    answer = MeasuredAnswer(category="any", paths=(easy, easy, easy, easy, hard, hard) * 2)
+    tree = TreeTopology(((0,), (0, 0), (0, 0, 0)))
+    assert list(answer.steps(tree)) == [0, 4, 5, 6, 10, 11]
+    assert tokens_per_step(tree, [answer]) == 12 / 6
 
 
 def test_answers_of_one_token_measure_nothing(folder, heads_file):

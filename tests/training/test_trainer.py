@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from medusa_core.engine.build import build_engine
@@ -22,6 +23,7 @@ from medusa_core.training.measure import observed_ranks
 from medusa_core.training.packing import pack_samples
 from medusa_core.training.samples import Sample, answer_sample
 from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.tuned_base import JointPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 from tests.training.shapes import SHAPES
@@ -181,6 +183,77 @@ def test_every_position_of_an_update_counts_the_same(loaded, answers):
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in trainer.heads.parameters()]))
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-3, atol=1e-5)
+
+
+JOINT = dataclasses.replace(PLAN, shape=SHAPES["sequential, shared"], epochs=1, learning_rate=0.005)
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+def test_medusa_2_teaches_the_model_too_but_only_in_the_second_stage(loaded, rows, tmp_path, lora_rank):
+    names_before = {name: tensor.clone() for name, tensor in loaded.model.state_dict().items()}
+    plan = dataclasses.replace(JOINT, joint=JointPlan(epochs=3, lora_rank=lora_rank, learning_rate=0.01, heads_weight=1.0))
+    trainer = Trainer(loaded, rows, plan, None)
+    start = [parameter.clone() for parameter in trainer.base.parameters]
+    for step in trainer.run():
+        is_as_before = all(torch.equal(a, b) for a, b in zip(trainer.base.parameters, start, strict=True))
+        assert is_as_before == (step.update <= trainer.num_updates_alone)
+        assert (trainer.compare_base(rows) == 1.0) or not is_as_before
+    assert trainer.compare_base(rows) < 1.0
+    trainer.base.save(tmp_path / "model")
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "model").state_dict()
+    assert names_before.keys() == saved.keys()
+    changed = {name for name, tensor in names_before.items() if not torch.equal(tensor, saved[name])}
+    assert "model.layers.0.self_attn.q_proj.weight" in changed
+    assert not any("embed_tokens" in name or "lm_head" in name for name in changed)
+
+
+def test_adapters_leave_the_weights_below_them_as_they_are(loaded, rows):
+    before = [parameter.clone() for parameter in loaded.model.parameters()]
+    trainer = Trainer(loaded, rows, dataclasses.replace(JOINT, joint=JointPlan(epochs=1, lora_rank=4)), None)
+    list(trainer.run())
+    trained = {id(parameter) for parameter in trainer.base.parameters}
+    after = [parameter for parameter in loaded.model.parameters() if id(parameter) not in trained]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+def test_the_model_of_medusa_2_learns_what_the_text_says(loaded, rows):
+    """With the text as its teacher, its own loss falls."""
+    text_only = LossWeights(cross_entropy=1.0, distillation=0.0)
+    joint = JointPlan(epochs=12, lora_rank=8, learning_rate=0.01, heads_weight=0.1)
+    trainer = Trainer(loaded, rows, dataclasses.replace(JOINT, loss=text_only, joint=joint), None)
+
+    def own_loss():
+        total = 0.0
+        for text in trainer._read(rows, [row.targets(1) for row in rows]):
+            at = torch.nonzero(text.target_TK[:, 0] != -100).flatten()
+            logits = loaded.project(text.hidden_TE[at + 1]).detach()
+            total += float(torch.nn.functional.cross_entropy(logits, text.target_TK[at, 0], reduction="sum"))
+        return total
+
+    before = own_loss()
+    list(trainer.run())
+    assert own_loss() < 0.8 * before
+
+
+@pytest.mark.parametrize("lora_rank", [4, 0])
+@pytest.mark.parametrize("is_in_second_stage", [False, True])
+def test_a_stopped_joint_run_goes_on_bit_for_bit(folder, rows, tmp_path, is_in_second_stage, lora_rank):
+    plan = dataclasses.replace(JOINT, joint=JointPlan(epochs=1, lora_rank=lora_rank, learning_rate=0.01))
+
+    def fresh():
+        loaded = load_model(ModelConfig(model=str(folder), dtype="float32", device="cpu"), progress=False)
+        return Trainer(loaded, rows, plan, None)
+
+    whole, first, second = fresh(), fresh(), fresh()
+    losses = [step.loss for step in whole.run()]
+    stop = first.num_updates_alone + 2 if is_in_second_stage else 1
+    assert stop < first.num_updates
+    updates = iter(range(stop, -1, -1))
+    head = [step.loss for step in first.run(lambda: next(updates) == 0)]
+    first.save(tmp_path / "checkpoint.pt")
+    second.load(tmp_path / "checkpoint.pt")
+    assert head + [step.loss for step in second.run()] == losses
+    assert all(torch.equal(a, b) for a, b in zip(second.base.parameters, whole.base.parameters, strict=True))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
