@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -77,6 +77,8 @@ _ROUND_PER_LANE = 4
 # One row in so many is kept back, and so many at most.
 _VALIDATION_SHARE, _MAX_VALIDATION_ROWS = 50, 32
 _SAVE_EVERY_S = 120.0
+# How often the heads are tried on the rows kept back during a whole run.
+_NUM_VALIDATIONS = 10
 
 
 class OutputLayer(StrEnum):
@@ -92,7 +94,7 @@ def train(
     output: Annotated[Path, typer.Option(help="Folder for the heads, the log, and all that is needed to go on.")],
     data: Annotated[list[Path] | None, typer.Option(help="JSON lines of messages or texts; may be given again.")] = None,
     num_tokens: Annotated[int, typer.Option(min=1, help="Without --data: tokens of answers the model writes.")] = _DEFAULT_TOKENS,
-    max_num_seqs: Annotated[int, typer.Option(min=1, help="Without --data: conversations written at once.")] = 256,
+    max_num_seqs: Annotated[int, typer.Option(min=1, help="Without --data: conversations written at once.")] = 512,
     max_minutes: Annotated[float | None, typer.Option(min=0.0, help="Stop after so long; the same command goes on.")] = None,
     num_heads: Annotated[int, typer.Option(min=1, help="Heads, each for a token further ahead.")] = _SHAPE.num_heads,
     num_layers: Annotated[int, typer.Option(min=1, help="Blocks per head.")] = _SHAPE.num_layers,
@@ -184,7 +186,7 @@ def train(
         rows, validation_rows = _rows(samples, _row_len(row_len, loaded))
         token_map_V = choose_draft_vocabulary(rows, loaded.vocab_size, draft_vocab_size)
         trainer = Trainer(loaded, rows, plan, token_map_V)
-        is_finished = _run(trainer, output, should_stop, progress)
+        is_finished = _run(trainer, validation_rows, output, should_stop, progress)
         accuracies = trainer.validate(validation_rows) if validation_rows else []
         metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
         heads_dtype = torch.int8 if int8 else loaded.dtype
@@ -292,19 +294,22 @@ def _rows(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], list[Row]
     return [row for i, row in enumerate(rows) if i not in kept_back], [rows[i] for i in sorted(kept_back)]
 
 
-def _run(trainer: Trainer, output: Path, should_stop: Callable[[], bool], progress: bool) -> bool:
+def _run(trainer: Trainer, validation_rows: Sequence[Row], output: Path, should_stop: Callable[[], bool], progress: bool) -> bool:
     """Train from the last checkpoint on, if there is one. Returns whether the end was reached."""
     checkpoint = output / _CHECKPOINT_FILE
     if checkpoint.exists():
         trainer.load(checkpoint)
     log = TrainingLog(output, trainer.num_updates_done)
     saved_s = time.monotonic()
+    validate_every = math.ceil(trainer.num_updates / _NUM_VALIDATIONS)
     bar = tqdm(total=trainer.num_updates, initial=trainer.num_updates_done, desc="training", unit="update", disable=not progress)
     with bar, log:
         for step in trainer.run(should_stop):
             log.write(step)
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}")
+            if validation_rows and (step.update % validate_every == 0 or step.update == trainer.num_updates):
+                log.write_accuracies(step.update, trainer.validate(validation_rows))
             if time.monotonic() - saved_s > _SAVE_EVERY_S:
                 trainer.save(checkpoint)
                 saved_s = time.monotonic()

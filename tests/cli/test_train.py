@@ -69,6 +69,10 @@ def test_heads_are_trained_logged_and_served(train, tiny, data, tmp_path):
     with (output / "training.csv").open(newline="") as file:
         updates = [int(row["update"]) for row in csv.DictReader(file)]
     assert updates == list(range(1, len(updates) + 1))
+    with (output / "accuracy.csv").open(newline="") as file:
+        accuracies = list(csv.DictReader(file))
+    assert [int(row["head"]) for row in accuracies[-3:]] == [1, 2, 3]
+    assert {int(row["update"]) for row in accuracies[-3:]} == {updates[-1]}
     assert (output / "training.png").read_bytes().startswith(b"\x89PNG")
 
     model = ModelConfig(model=tiny[1], heads=str(output), dtype="float32", device="cpu")
