@@ -23,6 +23,7 @@ from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel, load_model
 from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
+from medusa_core.model.sequential_heads import SequentialHeads
 from medusa_core.outputs import EngineInfo
 from medusa_core.plan import Runner
 from medusa_core.runtime.buckets import max_bucket_rows
@@ -52,6 +53,8 @@ def build_engine(config: EngineConfig, *, progress: bool = True) -> EngineCore:
     _make_current(loaded.device)
     heads = _find_heads(config.model, loaded, progress=progress) if config.speculation.enabled else None
     if can_pack(loaded.device, loaded.dtype):
+        if heads and isinstance(heads.heads, SequentialHeads):
+            heads.heads.use_int8()
         # After the heads, which may have copied rows of lm_head; before the self-check, which then covers the packed layers.
         pack_linears([loaded.model, loaded.project, *([heads.heads] if heads else [])])
     return assemble_engine(config, loaded, heads, progress=progress)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medusa_core.errors import ConfigError
+from medusa_core.model.int8_linear import as_int8
 from medusa_core.model.projection import Projection
 
 Output = Literal["shared", "own", "low-rank"]
@@ -110,16 +111,16 @@ class GatedBlock(nn.Module):
 
     def __init__(self, hidden_size: int, num_inputs: int, mlp_size: int, num_biases: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(num_inputs, 2 * mlp_size, bias=False)
+        self.gate_up: nn.Module = nn.Linear(num_inputs, 2 * mlp_size, bias=False)
         self.bias_SJ = nn.Parameter(torch.zeros(num_biases, 2 * mlp_size))
-        self.down = nn.Linear(mlp_size, hidden_size, bias=False)
+        self.down: nn.Module = nn.Linear(mlp_size, hidden_size, bias=False)
 
     def reset(self) -> None:
         """Make the block the identity."""
-        nn.init.zeros_(self.down.weight)
+        nn.init.zeros_(self.get_parameter("down.weight"))
 
     def forward(self, x_RE: Tensor, input_RJ: Tensor, bias_idx: int = 0) -> Tensor:
-        if _has_kernels(x_RE) and isinstance(self.down, nn.Linear) and self.down.weight.dtype == x_RE.dtype:
+        if _has_kernels(x_RE) and isinstance(self.gate_up, nn.Linear) and isinstance(self.down, nn.Linear):
             from medusa_core.kernels.linear import gated_product, linear_residual
             from medusa_core.kernels.support import can_overlap_launches
 
@@ -129,7 +130,8 @@ class GatedBlock(nn.Module):
         gate_up_RJ = self.gate_up(input_RJ) + self.bias_SJ[bias_idx]
         gate_RI, up_RI = gate_up_RJ.unflatten(-1, (-1, 2)).unbind(-1)
         y_RE: Tensor = self.down(functional.silu(gate_RI) * up_RI)
-        return x_RE + y_RE
+        # layers in 8 bits give float32
+        return x_RE + y_RE.to(x_RE.dtype)
 
 
 class SequentialHeads(nn.Module):
@@ -219,6 +221,14 @@ class SequentialHeads(nn.Module):
         if shape.has_markov_term:
             parts.append(f"Markov term of rank {shape.rank}")
         return ", ".join(parts)
+
+    def use_int8(self) -> None:
+        """Round the blocks and the draft vocabulary's output layer to 8 bits, in place. On a CPU; they cannot be trained then."""
+        for block in self.blocks.modules():
+            if isinstance(block, GatedBlock):
+                block.gate_up, block.down = as_int8(block.gate_up), as_int8(block.down)
+        if self.draft_projection is not None:
+            self.draft_projection.linear = as_int8(self.draft_projection.linear)
 
     def unroll(self, hidden_RE: Tensor, before_RK: Tensor, embed: Embed) -> Iterator[Tensor]:
         """What each head hands to the output layer along a known text, [R, E], head by head.

@@ -10,7 +10,7 @@ bias each. A matrix may be stored in 8 bits: integers, and a float32
 scale for each row in `<name>_scale`.
 """
 
-# Shape suffixes: F rows of a weight · E hidden · V draft vocabulary
+# Shape suffixes: F rows of a weight · V draft vocabulary
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_core.errors import HeadsMismatchError
+from medusa_core.model.int8_linear import to_int8
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.sequential_heads import HeadsShape, Output, SequentialHeads
 
@@ -77,7 +78,7 @@ def save_sequential(
     tensors: dict[str, Tensor] = {}
     for name, parameter in heads.state_dict().items():
         if dtype == torch.int8 and name.endswith(".weight"):
-            tensors[name], tensors[name + _SCALE] = _to_int8(parameter.float().cpu())
+            tensors[name], tensors[name + _SCALE] = to_int8(parameter.cpu())
         else:
             tensors[name] = parameter.to(torch.bfloat16 if dtype == torch.int8 else dtype).cpu().contiguous()
     if token_map_V is not None:
@@ -86,12 +87,6 @@ def save_sequential(
     partial = path.with_suffix(".partial")
     save_file(tensors, partial, metadata=dict(metadata))
     partial.replace(path)
-
-
-def _to_int8(weight_FE: Tensor) -> tuple[Tensor, Tensor]:
-    """(int8 [F, E], float32 [F]): the nearest multiples of each row's scale, which is its largest value / 127."""
-    scale_F = weight_FE.abs().amax(dim=1).clamp(min=1e-12) / 127.0
-    return (weight_FE / scale_F[:, None]).round().to(torch.int8), scale_F
 
 
 def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

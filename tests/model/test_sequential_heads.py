@@ -9,6 +9,7 @@ from torch import nn
 
 from medusa_core.errors import ConfigError, HeadsMismatchError
 from medusa_core.model.checkpoint import load_heads
+from medusa_core.model.int8_linear import Int8Linear, as_int8
 from medusa_core.model.projection import Projection
 from medusa_core.model.sequential_heads import HeadsShape, SequentialHeads
 from medusa_core.model.sequential_layout import save_sequential
@@ -118,6 +119,31 @@ def test_tensors_that_do_not_fit_are_refused_by_name(loaded, tmp_path, change, m
 def test_shapes_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ConfigError):
         HeadsShape(**wrong)
+
+
+@pytest.mark.parametrize("shape", OURS)
+def test_heads_rounded_to_eight_bits_guess_nearly_the_same(loaded, tmp_path, shape):
+    token_map = torch.randperm(V)[:100]
+    path = save(random_heads(SHAPES[shape], token_map), tmp_path / "heads.safetensors", token_map=token_map)
+    exact, rounded = load_heads(path, loaded), load_heads(path, loaded)
+    rounded.use_int8()
+    hidden, before = torch.randn(50, E), torch.randint(V, (50, K))
+    embed = loaded.model.get_input_embeddings()
+    lists = [heads.candidates_along(hidden, before, 1, project=loaded.project, embed=embed) for heads in (exact, rounded)]
+    assert (lists[0] == lists[1]).float().mean() >= 0.8
+    assert any(isinstance(module, Int8Linear) for module in rounded.modules())
+
+
+def test_layers_that_cannot_be_rounded_stay():
+    with_bias = nn.Linear(8, 8)
+    assert as_int8(with_bias) is with_bias
+    # one value dwarfs the others of its row
+    uneven = nn.Linear(64, 8, bias=False)
+    uneven.weight.data[:, 0] = 0.0
+    uneven.weight.data[:, 1:] = 1e-4
+    uneven.weight.data[:, 0] = 1.0
+    x = torch.zeros(2, 64)
+    assert torch.isfinite(as_int8(uneven)(x)).all()
 
 
 @pytest.mark.cuda
