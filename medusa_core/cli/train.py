@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import logging
 import math
-import shutil
 import signal
 import sys
 import threading
@@ -56,7 +56,7 @@ from medusa_core.training.self_generation import (
     read_conversations,
 )
 from medusa_core.training.trainer import Trainer, TrainingPlan
-from medusa_core.training.tuned_base import JointPlan, TunedBase
+from medusa_core.training.tuned_base import JointPlan, TunedBase, raise_no_peft
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ def train(
     trust_remote_code: TrustRemoteCodeOption = False,
     verbose: VerboseOption = False,
 ) -> None:
-    """Train Medusa heads on a model that stays as it is. Run the same command again to go on where it was stopped."""
+    """Train heads for a model, which stays as it is unless --joint-epochs are asked for. Run the same command again to go on."""
     progress = start_command(verbose=verbose, has_plots=not no_plots)
     loss = LossWeights(cross_entropy=cross_entropy, distillation=distillation, total_variation=total_variation, decay=decay)
     shape = HeadsShape(
@@ -170,6 +170,8 @@ def train(
     )  # fmt: skip
     config = model_config(model, "none", revision, dtype, device, max_model_len, trust_remote_code)
     _check_options(context, output, has_data=bool(data))
+    if joint is not None:
+        _check_joint(joint, config, output)
     generation = GenerationPlan(num_tokens=num_tokens, round_size=_ROUND_PER_LANE * max_num_seqs, seed=seed)
     with _stop_asked_for(max_minutes) as should_stop, _file_errors(output):
         conversations = None if data else _conversations(config, generation, output, max_num_seqs, should_stop, progress)
@@ -186,14 +188,17 @@ def train(
         rows, validation_rows = _rows(samples, _row_len(row_len, loaded))
         token_map_V = choose_draft_vocabulary(rows, loaded.vocab_size, draft_vocab_size)
         trainer = Trainer(loaded, rows, plan, token_map_V)
-        is_finished = _run(trainer, validation_rows, output, should_stop, progress)
-        accuracies = trainer.validate(validation_rows) if validation_rows else []
-        metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
-        heads_dtype = torch.int8 if int8 else loaded.dtype
-        export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=heads_dtype, metadata=metadata)
+        is_finished, accuracies = _run(trainer, validation_rows, output, should_stop, progress)
         agreement = trainer.compare_base(validation_rows) if joint and validation_rows else None
-        if trainer.base is not None and is_finished:
-            _save_model(trainer.base, loaded, output)
+        heads_dtype = torch.int8 if int8 else loaded.dtype
+        if trainer.base is None:
+            metadata = {"base_model": loaded.name, **({"base_sha256": loaded.source_sha256} if loaded.source_sha256 else {})}
+            export_heads(trainer.trained, output / _HEADS_FILE, token_map_V=token_map_V, dtype=heads_dtype, metadata=metadata)
+        elif is_finished:
+            folder = output / _MODEL_FOLDER
+            _save_model(trainer.base, loaded, folder, trust_remote_code)
+            metadata = {"base_model": f"{loaded.name}, trained with these heads"}
+            export_heads(trainer.trained, folder / _HEADS_FILE, token_map_V=token_map_V, dtype=heads_dtype, metadata=metadata)
         if not no_plots:
             TrainingLog.plot(output)
     _report(trainer, accuracies, agreement, output, model, is_finished)
@@ -246,6 +251,19 @@ def _check_options(context: typer.Context, output: Path, *, has_data: bool) -> N
         raise ConfigError(f"{heads} was not made here: there is no {checkpoint.name}.", hint="Name another --output.")
 
 
+def _check_joint(joint: JointPlan, config: ModelConfig, output: Path) -> None:
+    """What would otherwise be noticed hours later, or not at all: that adapters cannot be made, or that a model is written over."""
+    folder = output / _MODEL_FOLDER
+    if joint.lora_rank and importlib.util.find_spec("peft") is None:
+        raise_no_peft()
+    if folder.exists() and not (output / _CHECKPOINT_FILE).exists():
+        raise ConfigError(f"{folder} was not made here: there is no {_CHECKPOINT_FILE}.", hint="Name another --output.")
+    if config.model is not None and Path(config.model).expanduser().resolve() == folder.resolve():
+        raise ConfigError(
+            f"{folder} is where the trained model would be written over the one it is made from.", hint="Name another --output."
+        )
+
+
 def _row_len(row_len: int | None, loaded: LoadedModel) -> int:
     if row_len is not None and row_len > loaded.max_model_len:
         raise ConfigError(f"--row-len {row_len} exceeds the model's context of {loaded.max_model_len} tokens.", hint="Lower it.")
@@ -294,12 +312,15 @@ def _rows(samples: Iterable[Sample], row_len: int) -> tuple[list[Row], list[Row]
     return [row for i, row in enumerate(rows) if i not in kept_back], [rows[i] for i in sorted(kept_back)]
 
 
-def _run(trainer: Trainer, validation_rows: Sequence[Row], output: Path, should_stop: Callable[[], bool], progress: bool) -> bool:
-    """Train from the last checkpoint on, if there is one. Returns whether the end was reached."""
+def _run(
+    trainer: Trainer, validation_rows: Sequence[Row], output: Path, should_stop: Callable[[], bool], progress: bool
+) -> tuple[bool, list[tuple[float, float]]]:
+    """Train from the last checkpoint on, if there is one. Returns whether the end was reached, and the heads' accuracy."""
     checkpoint = output / _CHECKPOINT_FILE
     if checkpoint.exists():
         trainer.load(checkpoint)
-    log = TrainingLog(output, trainer.num_updates_done)
+    num_done_before = trainer.num_updates_done
+    log = TrainingLog(output, num_done_before)
     saved_s = time.monotonic()
     validate_every = math.ceil(trainer.num_updates / _NUM_VALIDATIONS)
     bar = tqdm(total=trainer.num_updates, initial=trainer.num_updates_done, desc="training", unit="update", disable=not progress)
@@ -308,21 +329,26 @@ def _run(trainer: Trainer, validation_rows: Sequence[Row], output: Path, should_
             log.write(step)
             bar.update()
             bar.set_postfix_str(f"loss {step.loss:.3f}")
-            if validation_rows and (step.update % validate_every == 0 or step.update == trainer.num_updates):
+            if validation_rows and step.update % validate_every == 0 and step.update < trainer.num_updates:
                 log.write_accuracies(step.update, trainer.validate(validation_rows))
             if time.monotonic() - saved_s > _SAVE_EVERY_S:
                 trainer.save(checkpoint)
                 saved_s = time.monotonic()
-    trainer.save(checkpoint)
-    return trainer.num_updates_done == trainer.num_updates
+        trainer.save(checkpoint)
+        accuracies = trainer.validate(validation_rows) if validation_rows else []
+        if trainer.num_updates_done > num_done_before:
+            log.write_accuracies(trainer.num_updates_done, accuracies)
+    return trainer.num_updates_done == trainer.num_updates, accuracies
 
 
-def _save_model(base: TunedBase, loaded: LoadedModel, output: Path) -> None:
-    """The trained model in a folder of its own, with its tokenizer and its heads."""
-    folder = output / _MODEL_FOLDER
+def _save_model(base: TunedBase, loaded: LoadedModel, folder: Path, trust_remote_code: bool) -> None:
+    """The trained model in a folder of its own, with its tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(loaded.folder, local_files_only=True, trust_remote_code=trust_remote_code)
     base.save(folder)
-    AutoTokenizer.from_pretrained(loaded.folder, local_files_only=True).save_pretrained(folder)
-    shutil.copyfile(output / _HEADS_FILE, folder / _HEADS_FILE)
+    tokenizer.save_pretrained(folder)
+    # measured of the heads that were there before
+    if (calibration := find_calibration(folder)) is not None:
+        calibration.unlink()
 
 
 def _report(
@@ -342,13 +368,17 @@ def _report(
         print("With a single row of data none was kept back, so nothing is known of the heads' accuracy.")
     if agreement is not None:
         print(f"\nThe model says what it said before training for {100 * agreement:.1f} % of the tokens.")
-    print(f"\nwritten: {output / _HEADS_FILE}")
-    if not is_finished:
-        print("stopped before the end; the same command goes on")
-    if find_calibration(output):
-        print("the calibration there is of other heads: measure these")
-    heads_option = f"--heads {output}" if model is None else f"--model {model} --heads {output}"
-    if trainer.base is not None and is_finished:
-        print(f"written: {output / _MODEL_FOLDER}, the model that these heads are for")
+    if trainer.base is not None and not is_finished:
+        print("\nstopped before the end, where model and heads are written; the same command goes on")
+        return
+    if trainer.base is not None:
+        print(f"\nwritten: {output / _MODEL_FOLDER}, the trained model with its heads")
         heads_option = f"--model {output / _MODEL_FOLDER}"
+    else:
+        print(f"\nwritten: {output / _HEADS_FILE}")
+        heads_option = f"--heads {output}" if model is None else f"--model {model} --heads {output}"
+        if not is_finished:
+            print("stopped before the end; the same command goes on")
+        if find_calibration(output):
+            print("the calibration there is of other heads: measure these")
     print(f"next: medusa calibrate {heads_option} --prompts <prompts that were not learned from>")

@@ -96,8 +96,8 @@ def find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool = Tru
 def load_heads(source: Path, loaded: LoadedModel, *, draft_vocab_size: int | None = DRAFT_VOCAB_SIZE) -> DraftHeads:
     """The heads in `source` (a file, or a folder as `find_heads_files` reads it), in the base model's dtype and on its device.
 
-    draft_vocab_size: heads that share the base lm_head and bring no token map draft from the first so many ids; None or a number
-        not below the vocabulary drafts from all.
+    draft_vocab_size: heads that share the base lm_head, without a correction of it, and bring no token map draft from the first so
+        many ids; None or a number not below the vocabulary drafts from all.
 
     Raises ModelLoadError for files that cannot be read and HeadsMismatchError for tensors that do not fit the base model.
     """

@@ -63,7 +63,10 @@ class HeadsShape:
         if self.mlp_size is not None and self.mlp_size < 0:
             raise ConfigError(f"mlp_size must not be negative, got {self.mlp_size}.")
         if self.is_sequential and not self.is_gated:
-            raise ConfigError("Sequential heads are made of gated blocks, not of residual ones (mlp_size 0).")
+            raise ConfigError(
+                "Sequential heads are made of gated blocks, not of residual ones (mlp_size 0).",
+                hint="Make them independent, or give the blocks a width.",
+            )
         if self.shares_blocks and not self.is_sequential:
             raise ConfigError("Independent heads that share their blocks would all guess the same.")
         if self.output == "own" and self.has_markov_term:
@@ -183,7 +186,10 @@ class SequentialHeads(nn.Module):
             self.draft_id_U[token_map_V] = torch.arange(self.vocab_size, device=token_map_V.device)
 
     def reset(self, lm_head_VE: Tensor) -> None:
-        """Make the heads new, in place. lm_head_VE: the base model's output layer over the draft vocabulary."""
+        """Make the heads new, in place.
+
+        lm_head_VE: the base model's output layer over the draft vocabulary. A bias or soft cap behind it is not part of output
+        layers of the heads' own."""
         for blocks in self.blocks:
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:

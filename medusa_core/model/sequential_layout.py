@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from medusa_core.errors import HeadsMismatchError
+from medusa_core.errors import ConfigError, HeadsMismatchError
 from medusa_core.model.int8_linear import to_int8
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.sequential_heads import HeadsShape, Output, SequentialHeads
@@ -46,11 +46,22 @@ def build_sequential(tensors: Mapping[str, Tensor], token_map_V: Tensor | None, 
     Raises HeadsMismatchError for tensors that do not fit each other or the base model.
     """
     tensors = {name: tensor.to(device=loaded.device, dtype=loaded.dtype) for name, tensor in _widened(tensors).items()}
+    for name, tensor in tensors.items():
+        if tensor.dim() != (1 if name.endswith(".bias") else 2):
+            raise HeadsMismatchError(f"Heads tensor {name} has shape {list(tensor.shape)}, it must be a matrix.", hint=_HINT)
     tables = [tensor.shape[0] for name, tensor in tensors.items() if re.match(r"own\.|markov\.|correction\.", name)]
     vocab_size = len(token_map_V) if token_map_V is not None else tables[0] if tables else loaded.vocab_size
+    if vocab_size > loaded.vocab_size:
+        raise HeadsMismatchError(
+            f"The heads know {vocab_size} tokens, the base model {loaded.name} has {loaded.vocab_size}.", hint=_HINT
+        )
+    try:
+        shape = _shape_of(tensors, loaded.hidden_size)
+    except ConfigError as error:
+        raise HeadsMismatchError(f"The heads' tensors do not belong together: {error}", hint=_HINT) from error
     with torch.device("meta"):
         heads = SequentialHeads(
-            _shape_of(tensors, loaded.hidden_size),
+            shape,
             hidden_size=loaded.hidden_size,
             vocab_size=vocab_size,
             base_vocab_size=loaded.vocab_size,
@@ -93,10 +104,14 @@ def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """8-bit matrices as float32."""
     wide = {}
     for name, tensor in tensors.items():
-        if tensor.dtype != torch.int8:
-            if not name.endswith(_SCALE):
-                wide[name] = tensor
+        matrix = tensors.get(name.removesuffix(_SCALE))
+        if name.endswith(_SCALE) and matrix is not None and matrix.dtype == torch.int8:
             continue
+        if tensor.is_floating_point():
+            wide[name] = tensor
+            continue
+        if tensor.dtype != torch.int8:
+            raise HeadsMismatchError(f"Heads tensor {name} is {tensor.dtype}; weights are floating point or int8.", hint=_HINT)
         scale_F = tensors.get(name + _SCALE)
         if tensor.dim() != 2 or scale_F is None or scale_F.shape != tensor.shape[:1]:
             raise HeadsMismatchError(f"Heads tensor {name} is int8, but {name}{_SCALE} does not have a scale per row.", hint=_HINT)
@@ -108,6 +123,11 @@ def _shape_of(tensors: Mapping[str, Tensor], hidden_size: int) -> HeadsShape:
     positions = [(int(match[1]), int(match[2])) for name in tensors if (match := _BLOCK.match(name))]
     if not positions:
         raise HeadsMismatchError("The heads have no blocks (no tensor like blocks.0.0.down.weight).", hint=_HINT)
+    num_heads, num_layers = 1 + max(head for head, _ in positions), 1 + max(layer for _, layer in positions)
+    if max(num_heads, num_layers) > len(tensors):
+        raise HeadsMismatchError(
+            f"The heads are incomplete: {num_heads} x {num_layers} blocks, {len(tensors)} tensors.", hint=_HINT
+        )
     gate_up = tensors.get("blocks.0.0.gate_up.weight")
     correction = tensors.get("correction.weight")
     bias = tensors.get("blocks.0.0.bias_SJ")
@@ -115,10 +135,10 @@ def _shape_of(tensors: Mapping[str, Tensor], hidden_size: int) -> HeadsShape:
     has_own, has_low_rank = (any(name.startswith(kind) for name in tensors) for kind in ("own.", "low_rank."))
     output: Output = "own" if has_own else "low-rank" if has_low_rank else "shared"
     return HeadsShape(
-        num_heads=max(num_biases, 1 + max(head for head, _ in positions)),
-        num_layers=1 + max(layer for _, layer in positions),
-        mlp_size=0 if gate_up is None else gate_up.shape[0] // 2,
-        is_sequential=gate_up is not None and gate_up.shape[-1] == 2 * hidden_size,
+        num_heads=max(num_biases, num_heads),
+        num_layers=num_layers,
+        mlp_size=0 if gate_up is None else max(gate_up.shape[0] // 2, 1),
+        is_sequential=num_biases > 1 or (gate_up is not None and gate_up.shape[-1] == 2 * hidden_size),
         shares_blocks=num_biases > 1,
         output=output,
         has_markov_term="markov.weight" in tensors,

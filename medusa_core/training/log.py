@@ -78,7 +78,9 @@ class _Table:
     """A CSV file with a column `update`, of which rows up to `num_updates_done` are kept."""
 
     def __init__(self, path: Path, columns: Sequence[str], num_updates_done: int) -> None:
-        kept = [row for row in _read(path) if int(row["update"]) <= num_updates_done]
+        # what a crash has cut short is dropped
+        rows = [row for row in _read(path) if None not in row.values() and row["update"].isdecimal()]
+        kept = [row for row in rows if int(row["update"]) <= num_updates_done]
         partial = path.with_suffix(".partial")
         self._file = partial.open("w", newline="")
         self._writer = csv.DictWriter(self._file, columns)

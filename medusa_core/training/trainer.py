@@ -162,7 +162,9 @@ class Trainer:
                 raise ConfigError(
                     f"The loss of update {update + 1} is {loss}.", hint="Lower --learning-rate, or use --dtype float32."
                 )
-            torch.nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM)
+            norm = float(torch.nn.utils.clip_grad_norm_(self._trained, _MAX_GRADIENT_NORM))
+            if not math.isfinite(norm):
+                raise ConfigError(f"The gradient of update {update + 1} is {norm}.", hint="Lower the learning rates.")
             learning_rate = float(self._schedule.get_last_lr()[0])
             self._optimizer.step()
             self._schedule.step()
@@ -359,7 +361,8 @@ class Trainer:
             )
         heads.to(self._loaded.device)
         heads.set_vocabulary(None if token_map_V is None else token_map_V.to(self._loaded.device), self._loaded.vocab_size)
-        heads.reset(self._projection.linear.weight)
+        # of logits that are scaled, the scale is part of a layer of the heads' own
+        heads.reset(self._projection.linear.weight * self._projection.multiplier)
         return heads
 
     def _unroll(self, heads: SequentialHeads, text: _Text, at_N: Tensor) -> Iterator[Tensor]:

@@ -1,7 +1,7 @@
 """The base model while it is trained together with its heads (Medusa-2, arXiv:2401.10774, section 3.2), beside what it was before.
 
 Either low-rank adapters are trained, which can be switched off, or all weights of the decoder, beside a copy of what they were.
-Embeddings and output layer stay as they are.
+The embedding of tokens and the output layer stay as they are.
 """
 
 # Shape suffixes: B rows · T tokens · E hidden
@@ -9,10 +9,11 @@ Embeddings and output layer stay as they are.
 from __future__ import annotations
 
 import copy
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +40,7 @@ class JointPlan:
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.lora_rank < 0:
             raise ConfigError("There must be at least one joint epoch, and no negative rank of adapters.")
-        if not (self.learning_rate > 0.0 and self.heads_weight > 0.0):
+        if not (0.0 < self.learning_rate < math.inf and 0.0 < self.heads_weight < math.inf):
             raise ConfigError("The base model's learning rate and the weight of the heads must be positive.")
 
 
@@ -80,7 +81,9 @@ class TunedBase:
                 parameter.copy_(value)
 
     def save(self, folder: Path) -> None:
-        """Write the model as it is now, a folder like any other. It cannot be trained any further afterwards."""
+        """Write the model as it is now, a folder like any other. It cannot be trained any further afterwards.
+
+        The dtype is that which it was loaded in: in 16 bits, what is too small beside a weight is rounded away."""
         model: PreTrainedModel = self._loaded.model
         if self._adapted is not None:
             model = self._adapted.merge_and_unload()
@@ -98,15 +101,18 @@ def _hidden(trunk: nn.Module, token_ids_BT: Tensor, position_ids_BT: Tensor) -> 
     return hidden_BTE
 
 
+def raise_no_peft() -> NoReturn:
+    raise ConfigError(
+        "Low-rank adapters need the package peft.", hint='Install it (pip install "medusa-server[train]"), or use --lora-rank 0.'
+    )
+
+
 def _with_adapters(model: PreTrainedModel, rank: int, seed: int) -> Any:
     """The model, wrapped; its linear layers but the output layer are replaced in place."""
     try:
         from peft import LoraConfig, get_peft_model
-    except ImportError as error:
-        raise ConfigError(
-            "Low-rank adapters need the package peft.",
-            hint='Install it (pip install "medusa-server[train]"), or use --lora-rank 0.',
-        ) from error
+    except ImportError:
+        raise_no_peft()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # alpha = rank / 2 as in the training of the published Medusa-2 models

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 from contextlib import nullcontext
@@ -88,6 +90,8 @@ def test_a_model_trained_with_its_heads_is_served_from_its_own_folder(train, tin
     assert code == 0, err
     assert "The model says what it said before training for" in out
     assert f"medusa calibrate --model {output / 'model'} --prompts" in out
+    with safe_open(output / "model" / "medusa_lm_head.safetensors", framework="pt") as file:
+        assert file.metadata() == {"base_model": "tiny, trained with these heads"}
     model = ModelConfig(model=str(output / "model"), dtype="float32", device="cpu")
     core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
     assert core.info.num_heads == 3
@@ -107,6 +111,49 @@ def test_shapes_that_make_no_sense_are_refused_before_anything_is_loaded(train, 
     code, _, err = train("--data", data, "--output", tmp_path / "out", *FAST, *arguments, *tiny)
     assert code == 2
     assert message in err
+
+
+def test_a_trained_model_is_never_written_over_another(train, tiny, data, tmp_path):
+    joint = ["--data", data, *FAST, "--joint-epochs", "1", "--no-plots"]
+    (tmp_path / "taken" / "model").mkdir(parents=True)
+    code, _, err = train("--output", tmp_path / "taken", *joint, *tiny)
+    assert code == 2
+    assert "was not made here" in err
+    here = tmp_path / "here"
+    shutil.copytree(tiny[1], here / "model")
+    (here / "checkpoint.pt").touch()
+    code, _, err = train("--output", here, *joint, "--model", here / "model", *tiny[2:])
+    assert code == 2
+    assert "written over the one it is made from" in err
+
+
+def test_a_joint_run_that_was_stopped_writes_no_heads_for_a_model_that_is_nowhere(train, tiny, data, tmp_path, monkeypatch):
+    calls = iter(range(100))
+    monkeypatch.setattr(train_command, "_stop_asked_for", lambda _: nullcontext(lambda: next(calls) >= 1))
+    output = tmp_path / "out"
+    code, out, err = train("--data", data, "--output", output, *FAST, "--joint-epochs", "1", "--no-plots", *tiny)
+    assert code == 0, err
+    assert "stopped before the end, where model and heads are written" in out
+    assert not list(output.glob("**/medusa_lm_head.safetensors"))
+
+
+def test_without_peft_nothing_is_begun(train, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, _, err = train("--output", tmp_path / "out", *FAST, "--joint-epochs", "1", "--no-plots", *tiny)
+    assert code == 2
+    assert "need the package peft" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_of_the_log_that_a_crash_has_cut_short_is_dropped(train, tiny, data, tmp_path):
+    arguments = ["--data", data, "--output", tmp_path, *FAST, "--no-plots", *tiny]
+    assert train(*arguments)[0] == 0
+    whole = (tmp_path / "accuracy.csv").read_bytes()
+    with (tmp_path / "accuracy.csv").open("a") as file:
+        file.write("7,")
+    code, _, err = train(*arguments)
+    assert code == 0, err
+    assert (tmp_path / "accuracy.csv").read_bytes() == whole
 
 
 def test_heads_of_our_own_shape_in_eight_bits(train, tiny, data, tmp_path):

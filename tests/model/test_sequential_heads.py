@@ -90,9 +90,16 @@ def test_without_a_token_map_the_first_ids_are_drafted_from(loaded, tmp_path):
     [
         (lambda t: t.pop("blocks.0.0.down.weight"), r"no tensor blocks\.0\.0\.down"),
         (lambda t: t.pop("blocks.0.0.bias_SJ"), r"no tensor blocks\.0\.0\.bias_SJ"),
-        (lambda t: t.update({"surprise": torch.zeros(1)}), "no tensors of such heads: surprise"),
+        (lambda t: t.update({"surprise": torch.zeros(1, 1)}), "no tensors of such heads: surprise"),
         (lambda t: t.update({"blocks.0.0.down.weight": torch.zeros(E + 1, 4 * E)}), r"has shape \[33, 128\]"),
         (lambda t: t.update({"token_map": torch.tensor([V])}), "outside the base vocabulary"),
+        (lambda t: t.update({"blocks.0.0.gate_up.weight": torch.zeros(8 * E, E)}), r"gate_up.weight has shape \[256, 32\]"),
+        (lambda t: t.update({"blocks.0.0.bias_SJ": torch.tensor(1.0)}), "must be a matrix"),
+        (lambda t: t.update({"surprise_scale": torch.zeros(1, 1)}), "no tensors of such heads: surprise_scale"),
+        (lambda t: t.update({"blocks.0.0.down.weight": torch.zeros(E, 4 * E, dtype=torch.int32)}), "floating point or int8"),
+        (lambda t: t.update({"blocks.0.3000000.down.weight": torch.zeros(1, 1)}), "incomplete"),
+        (lambda t: t.update({"own.0.weight": torch.zeros(V + 80, E)}), "know 400 tokens"),
+        (lambda t: t.update({"markov.weight": torch.zeros(V, 4), "own.0.weight": torch.zeros(V, E)}), "do not belong together"),
         (lambda t: t.update({"blocks.0.0.down.weight": torch.zeros(E, 4 * E, dtype=torch.int8)}), "a scale per row"),
     ],
 )
