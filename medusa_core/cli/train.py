@@ -47,6 +47,7 @@ from medusa_core.training.export import export_heads
 from medusa_core.training.log import TrainingLog
 from medusa_core.training.losses import LossWeights
 from medusa_core.training.packing import Row, check_packing, pack_samples
+from medusa_core.training.plan import TrainingPlan
 from medusa_core.training.samples import Sample, answer_sample, read_samples
 from medusa_core.training.self_generation import (
     GenerationPlan,
@@ -55,7 +56,7 @@ from medusa_core.training.self_generation import (
     origin,
     read_conversations,
 )
-from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.trainer import Trainer
 from medusa_core.training.tuned_base import JointPlan, TunedBase, raise_no_peft
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from medusa_core.training.trainer import Progress
+from medusa_core.training.plan import Progress
 
 _LOSS_FILE, _ACCURACY_FILE = "training.csv", "accuracy.csv"
 _PLOT_FILE = "training.png"

@@ -21,8 +21,9 @@ from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.export import export_heads
 from medusa_core.training.measure import MeasuredAnswer, calibrate, observed_ranks, tokens_per_step
 from medusa_core.training.packing import pack_samples
+from medusa_core.training.plan import TrainingPlan
 from medusa_core.training.samples import answer_sample
-from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.trainer import Trainer
 from medusa_core.tree.topology import TreeTopology
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 

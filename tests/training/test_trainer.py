@@ -21,8 +21,9 @@ from medusa_core.training.export import export_heads
 from medusa_core.training.losses import LossWeights, head_loss
 from medusa_core.training.measure import observed_ranks
 from medusa_core.training.packing import pack_samples
+from medusa_core.training.plan import TrainingPlan
 from medusa_core.training.samples import Sample, answer_sample
-from medusa_core.training.trainer import Trainer, TrainingPlan
+from medusa_core.training.trainer import Trainer
 from medusa_core.training.tuned_base import JointPlan
 from medusa_core.training.vocabulary import choose_draft_vocabulary
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
