@@ -15,7 +15,7 @@ from transformers.generation.streamers import BaseStreamer
 from medusa_core.bench.prompts import TokenPrompt
 from medusa_core.bench.records import RequestRecord, RunRecord
 from medusa_core.config import ModelConfig
-from medusa_core.model.loader import LoadedModel, load_model
+from medusa_core.model.loader import LoadedModel, load_model, use_fast_attention
 from medusa_core.runtime.memory import release_memory
 
 VARIANT = "transformers"
@@ -37,7 +37,7 @@ def run_transformers(
     """
     loaded = load_model(config, progress=progress)
     # The loader leaves the attention that our hook replaces; this is what transformers would choose.
-    loaded.model.set_attn_implementation("sdpa")
+    use_fast_attention(loaded)
     prompts = make_prompts(loaded.folder, loaded.vocab_size)
     num_prompts = min(num_prompts, len(prompts))
     indices = [number * len(prompts) // num_prompts for number in range(num_prompts)]

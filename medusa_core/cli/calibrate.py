@@ -37,9 +37,6 @@ from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.measure import MeasuredAnswer, calibrate, tokens_per_step
 from medusa_core.training.tree_plot import plot_tree
 
-# The sizes that the report shows category by category.
-_CATEGORY_SIZES = (8, 16, 64)
-
 
 def calibrate_heads(
     prompts: Annotated[Path, typer.Option(help="JSON lines of Spec-Bench's format, which the heads were not trained on.")],

@@ -182,8 +182,7 @@ class SequentialHeads(nn.Module):
         self.token_map_V = token_map_V
         if self.markov is not None and token_map_V is not None:
             # which row of the Markov table is a token's; -1 for tokens without one
-            self.draft_id_U = torch.full((base_vocab_size,), -1, device=token_map_V.device)
-            self.draft_id_U[token_map_V] = torch.arange(self.vocab_size, device=token_map_V.device)
+            self.draft_id_U = draft_ids(token_map_V, base_vocab_size, outside=-1)
 
     def reset(self, lm_head_VE: Tensor) -> None:
         """Make the heads new, in place.
@@ -348,6 +347,15 @@ class SequentialHeads(nn.Module):
         is_inside_R = (row_R >= 0) & (row_R < self.vocab_size)
         rows_RQ: Tensor = self.markov(torch.where(is_inside_R, row_R, 0))
         return torch.where(is_inside_R[:, None], rows_RQ, 0.0)
+
+
+def draft_ids(token_map_V: Tensor | None, base_vocab_size: int, *, outside: int) -> Tensor:
+    """The draft id of each base id, int64 [U], on the map's device; `outside` for tokens that are not drafted."""
+    if token_map_V is None:
+        return torch.arange(base_vocab_size)
+    ids_U = torch.full((base_vocab_size,), outside, device=token_map_V.device)
+    ids_U[token_map_V] = torch.arange(len(token_map_V), device=token_map_V.device)
+    return ids_U
 
 
 def unit_rms(x_RE: Tensor) -> Tensor:

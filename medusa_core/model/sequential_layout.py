@@ -19,13 +19,13 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_core.errors import ConfigError, HeadsMismatchError
 from medusa_core.model.int8_linear import to_int8
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.sequential_heads import HeadsShape, Output, SequentialHeads
+from medusa_core.model.weights import write_tensor_file
 
 _SCALE = "_scale"
 _TELLING = re.compile(r"blocks\.\d+\.\d+\.(gate_up|down|linear)\.weight|markov\.weight|correction\.weight")
@@ -94,10 +94,7 @@ def save_sequential(
             tensors[name] = parameter.to(torch.bfloat16 if dtype == torch.int8 else dtype).cpu().contiguous()
     if token_map_V is not None:
         tensors["token_map"] = token_map_V.to(torch.int32).cpu()
-    # A server may have the file that this one replaces in its memory.
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=dict(metadata))
-    partial.replace(path)
+    write_tensor_file(tensors, path, metadata)
 
 
 def _widened(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

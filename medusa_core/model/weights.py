@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_core.errors import ModelLoadError
@@ -55,6 +56,13 @@ def open_tensor_files(paths: Sequence[Path]) -> Iterator[list[TensorFile]]:
     """Open tensor files for reading; they are closed on exit. Raises ModelLoadError for files that are corrupt or hold code."""
     with ExitStack() as stack:
         yield [_open(path, stack) for path in paths]
+
+
+def write_tensor_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file, as a whole or not at all: a server may have the file that it replaces in its memory."""
+    partial = path.with_suffix(".partial")
+    save_file(dict(tensors), partial, metadata=dict(metadata))
+    partial.replace(path)
 
 
 def _open(path: Path, stack: ExitStack) -> TensorFile:

@@ -148,7 +148,8 @@ class DecodeStep:
         drafter, lanes = self._parts.model.drafter, self._parts.lanes
         if drafter is None or self.tree.num_nodes == 1:
             return None
-        root_B = lanes.tokens_PL[self.lane_B, lanes.num_known_P[self.lane_B] - 1]
+        # launches that only some drafters need
+        root_B = lanes.tokens_PL[self.lane_B, lanes.num_known_P[self.lane_B] - 1] if drafter.reads_root else None
         return drafter(lanes.hidden_PE[self.lane_B], root_B, self.tree)
 
 

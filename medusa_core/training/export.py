@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_core.model.sequential_heads import SequentialHeads
 from medusa_core.model.sequential_layout import save_sequential
+from medusa_core.model.weights import write_tensor_file
 
 
 def export_heads(
@@ -34,7 +34,4 @@ def export_heads(
     tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in tensors.items()}
     if token_map_V is not None:
         tensors["token_map"] = token_map_V.cpu()
-    # A server may have the file that this one replaces in its memory.
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial, metadata=dict(metadata))
-    partial.replace(path)
+    write_tensor_file(tensors, path, metadata)

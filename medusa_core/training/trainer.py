@@ -26,12 +26,11 @@ from torch.optim.swa_utils import AveragedModel
 from medusa_core.errors import ConfigError
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import Projection
-from medusa_core.model.sequential_heads import SequentialHeads
+from medusa_core.model.sequential_heads import SequentialHeads, draft_ids
 from medusa_core.training.losses import head_loss
 from medusa_core.training.packing import NO_TARGET, Row
 from medusa_core.training.plan import Progress, TrainingPlan
 from medusa_core.training.tuned_base import TunedBase, read_frozen
-from medusa_core.training.vocabulary import draft_ids
 
 # Logits in memory at once, and as many gradients: positions times the draft vocabulary.
 _MAX_LOGITS = 2**27
@@ -75,7 +74,7 @@ class Trainer:
         self.plan = plan
         self._loaded = loaded
         self._rows = rows
-        self._draft_ids = draft_ids(token_map_V, loaded.vocab_size)
+        self._draft_ids = draft_ids(token_map_V, loaded.vocab_size, outside=NO_TARGET).cpu()
         self._projection: Projection = loaded.project if token_map_V is None else loaded.project.restricted_to(token_map_V)
         self._embed = loaded.model.get_input_embeddings()
         self.heads = self._new_heads(token_map_V)
@@ -243,7 +242,7 @@ class Trainer:
     def _learn_part(self, text: _Text, at_N: Tensor, num_positions_K: Sequence[int]) -> Tensor:
         """The share of some of a text's positions. num_positions_K: of the whole update. The logits of one head at a time are in
         memory: its gradient is carried up to the blocks, and through all heads' blocks at the end."""
-        outputs = list(self._unroll(self.heads, text, at_N))
+        outputs = self._unroll(self.heads, text, at_N)
         total = text.hidden_TE.new_zeros((), dtype=torch.float32)
         gradients = []
         for head, x_NE in enumerate(outputs):
@@ -325,11 +324,11 @@ class Trainer:
         heads.reset(self._projection.linear.weight * self._projection.multiplier)
         return heads
 
-    def _unroll(self, heads: SequentialHeads, text: _Text, at_N: Tensor) -> Iterator[Tensor]:
+    def _unroll(self, heads: SequentialHeads, text: _Text, at_N: Tensor) -> list[Tensor]:
         """What each head hands to the output layer at these positions, [N, E]."""
         before_NK = torch.stack([text.token_before(head, at_N) for head in range(heads.num_heads)], dim=1)
         with self._mixed_precision():
-            yield from heads.unroll(text.hidden_TE[at_N], before_NK.to(self._loaded.device), self._embed)
+            return list(heads.unroll(text.hidden_TE[at_N], before_NK.to(self._loaded.device), self._embed))
 
     def _logits(self, heads: SequentialHeads, text: _Text, head: int, at_N: Tensor, x_NE: Tensor) -> Tensor:
         """Draft logits, float32 [N, V], at positions that have a target."""

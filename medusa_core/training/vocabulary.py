@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from medusa_core.training.packing import NO_TARGET, Row
+from medusa_core.training.packing import Row
 
 
 def choose_draft_vocabulary(rows: Iterable[Row], vocab_size: int, num_tokens: int) -> Tensor | None:
@@ -22,11 +22,3 @@ def choose_draft_vocabulary(rows: Iterable[Row], vocab_size: int, num_tokens: in
         counts_V += torch.bincount(row.token_ids_T[row.learned_T], minlength=vocab_size)
     order_V = torch.sort(counts_V, descending=True, stable=True).indices
     return order_V[:num_tokens].sort().values
-
-
-def draft_ids(token_map_V: Tensor | None, vocab_size: int) -> Tensor:
-    """The draft id of each base id, int64 [vocab_size]; NO_TARGET for tokens that are not drafted."""
-    ids = torch.full((vocab_size,), NO_TARGET, dtype=torch.int64)
-    base_ids = torch.arange(vocab_size) if token_map_V is None else token_map_V.cpu()
-    ids[base_ids] = torch.arange(len(base_ids))
-    return ids

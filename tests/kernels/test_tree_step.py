@@ -55,6 +55,8 @@ class Lanes:
 class FixedLists:
     """A drafter with nothing to compute."""
 
+    reads_root = False
+
     def __init__(self, lists_BRC: torch.Tensor, list_N: torch.Tensor) -> None:
         self._lists_BRC, self._list_N = lists_BRC, list_N
 

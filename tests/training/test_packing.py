@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from medusa_core.config import ModelConfig
 from medusa_core.errors import UnsupportedModelError
 from medusa_core.model.loader import load_model
+from medusa_core.model.sequential_heads import draft_ids
 from medusa_core.training.packing import NO_TARGET, check_packing, pack_samples
 from medusa_core.training.samples import Sample
-from medusa_core.training.vocabulary import choose_draft_vocabulary, draft_ids
+from medusa_core.training.vocabulary import choose_draft_vocabulary
 from tests.engine.tiny_model import save_tiny_model
 
 samples = st.lists(
@@ -92,7 +93,7 @@ def test_the_draft_vocabulary_holds_the_most_frequent_tokens_to_be_learned():
 
 def test_draft_ids_lead_back_to_base_ids():
     token_map = torch.tensor([3, 7, 9])
-    ids = draft_ids(token_map, 12)
+    ids = draft_ids(token_map, 12, outside=NO_TARGET)
     assert [int(ids[base]) for base in (3, 7, 9)] == [0, 1, 2]
     assert int(ids[4]) == NO_TARGET
-    assert draft_ids(None, 12).tolist() == list(range(12))
+    assert draft_ids(None, 12, outside=NO_TARGET).tolist() == list(range(12))
