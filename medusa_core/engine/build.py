@@ -32,6 +32,7 @@ from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
 from medusa_core.runtime.self_check import attention_reference, check_attention
 from medusa_core.scheduler.scheduler import Scheduler
+from medusa_core.speculation.drafter import make_drafter
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology
 
@@ -79,6 +80,8 @@ def assemble_engine(
     captured = is_captured(config, loaded.device)
     if captured:
         fuse(loaded, heads.heads if heads else None)
+    # may keep weights of its own, so before the cache takes what memory is left
+    drafter = make_drafter(heads.heads, loaded, has_kernels=captured) if heads else None
     scheduler_config = config.scheduler
     num_lanes = scheduler_config.max_num_seqs
     node_sizes = offered_sizes(config.speculation, topology)
@@ -101,7 +104,7 @@ def assemble_engine(
     parts = RunnerParts(
         config=config,
         loaded=loaded,
-        heads=heads.heads if heads else None,
+        drafter=drafter,
         layer_shapes=layer_shapes,
         topology=topology,
         node_sizes=node_sizes,

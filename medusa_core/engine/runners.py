@@ -24,7 +24,7 @@ from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.runtime.self_check import AttentionReference
 from medusa_core.scheduler.costs import CapturedCosts, CostCurve, PackedCosts, StepCosts
-from medusa_core.speculation.drafter import make_drafter
+from medusa_core.speculation.drafter import Drafter
 from medusa_core.tree.topology import TreeTopology
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ class RunnerParts:
 
     config: EngineConfig
     loaded: LoadedModel
-    heads: DraftHeads | None
+    drafter: Drafter | None
     layer_shapes: list[LayerShape]
     topology: TreeTopology
     node_sizes: tuple[int, ...]
@@ -88,11 +88,11 @@ class RunnerParts:
 
     @property
     def device_model(self) -> DeviceModel:
-        loaded, heads = self.loaded, self.heads
+        loaded = self.loaded
         return DeviceModel(
             forward=partial(forward_hidden, loaded.model),
             project=loaded.project,
-            drafter=None if heads is None else make_drafter(heads, loaded),
+            drafter=self.drafter,
             eos_token_ids=loaded.eos_token_ids,
             device=loaded.device,
             best_token=loaded.project.best_token,

@@ -152,14 +152,25 @@ def gated_linear(
 
 
 def gated_product(
-    x_TE: Tensor, weight_2IE: Tensor, bias_2I: Tensor | None = None, *, config: SkinnyConfig | None = None, use_pdl: bool = False
+    x_TE: Tensor,
+    weight_2IE: Tensor,
+    bias_2I: Tensor | None = None,
+    *,
+    scale_2I: Tensor | None = None,
+    config: SkinnyConfig | None = None,
+    use_pdl: bool = False,
 ) -> Tensor:
-    """silu(gate) * up: [T, I]. weight_2IE, bias_2I: gate and up alternate (`interleave`). config: as for `norm_linear`."""
+    """silu(gate) * up: [T, I].
+
+    weight_2IE, bias_2I: gate and up alternate (`interleave`). scale_2I: of a weight in 8 bits (`skinny_product`), which takes up to
+    MAX_SKINNY_ROWS rows. config: as for `norm_linear`.
+    """
     config = config or _default_config(x_TE, weight_2IE)
     if config is None:
+        assert scale_2I is None
         return silu_mul(functional.linear(x_TE, weight_2IE, bias_2I), use_pdl=use_pdl)
     out_TI = x_TE.new_empty(x_TE.shape[0], weight_2IE.shape[0] // 2)
-    return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", bias=bias_2I, use_pdl=use_pdl)
+    return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", scale=scale_2I, bias=bias_2I, use_pdl=use_pdl)
 
 
 def linear_residual(
@@ -168,6 +179,7 @@ def linear_residual(
     residual_TE: Tensor,
     bias_E: Tensor | None = None,
     *,
+    scale_E: Tensor | None = None,
     counters: Tensor | None = None,
     may_overwrite: bool = False,
     config: SkinnyConfig | None = None,
@@ -176,10 +188,11 @@ def linear_residual(
     """residual + linear(x): [T, E].
 
     may_overwrite: the result may be written to the residual's memory, which saves a launch where cuBLAS does the product; else it
-    is a new tensor. counters, config: as for `norm_linear`.
+    is a new tensor. scale_E: as for `gated_product`. counters, config: as for `norm_linear`.
     """
     config = config or _default_config(x_TF, weight_EF, counters)
     if config is None:
+        assert scale_E is None
         if may_overwrite and bias_E is None:
             return residual_TE.addmm_(x_TF, weight_EF.t())
         return functional.linear(x_TF, weight_EF, bias_E).add_(residual_TE)
@@ -190,6 +203,7 @@ def linear_residual(
         config,
         out=out_TE,
         epilogue="residual",
+        scale=scale_E,
         bias=bias_E,
         residual=residual_TE,
         counters=counters,

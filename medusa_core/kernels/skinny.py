@@ -7,7 +7,7 @@ front of it, the bias, the gate or the residual behind it. All of it happens on 
 A row's result depends on the config, which fixes the order of additions, not on the rows beside it.
 
 Shapes: T rows · E (K in the kernel) values per row · F rows of the weight · B stacked weights (Medusa heads), a product each · W
-slices of the values.
+slices of the values · J keys per row.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medusa_core.kernels.pointwise import silu
 from medusa_core.kernels.support import launch_options
-from medusa_core.kernels.topk import pack
+from medusa_core.kernels.topk import EMPTY, pack
 
 # Splits are cut at multiples of this, whatever the block sizes.
 _SPLIT_ALIGNMENT = 128
@@ -52,7 +52,7 @@ class SkinnyConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a program, for 16-bit values."""
+        """Shared memory of a program, for 16-bit values; weights of 8 bits need less."""
         return (self.block_t + self.block_f) * self.block_k * 2 * self.num_stages
 
     def can_take_norm(self, num_inputs: int) -> bool:
@@ -152,10 +152,22 @@ def _store_best(out, acc_TF, t_T, in_rows_T, in_outputs_F, BLOCK_F: tl.constexpr
     tl.store(pointers_T, pack(value_T, tl.program_id(0) * BLOCK_F + column_T), mask=in_rows_T)
 
 
+@triton.jit
+def _store_top(out, acc_TF, t_T, f_F, in_rows_T, in_outputs_F, TILE_KEYS: tl.constexpr):
+    """The keys (`topk.pack`) of each row's largest outputs within a tile, best first; outputs that do not exist come last."""
+    key_TF = tl.where(in_outputs_F[None, :], pack(acc_TF, f_F[None, :] + tl.zeros_like(acc_TF).to(tl.int32)), EMPTY)
+    pointers_T = out + (t_T.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * TILE_KEYS
+    for place in tl.static_range(TILE_KEYS):
+        best_T = tl.max(key_TF, axis=1)
+        tl.store(pointers_T + place, best_T, mask=in_rows_T)
+        key_TF = tl.where(key_TF == best_T[:, None], EMPTY, key_TF)
+
+
 @triton.jit(do_not_specialize=["T", "eps"])
 def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decided when it is compiled
     x,
     weight,
+    scale,
     bias,
     residual,
     out,
@@ -172,18 +184,23 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
     BLOCK_ROW: tl.constexpr,
     SPLIT_K: tl.constexpr,
     SPLIT_SIZE: tl.constexpr,
+    HAS_SCALE: tl.constexpr,
     HAS_NORM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     EPILOGUE: tl.constexpr,
     USE_PDL: tl.constexpr,
     PREFETCH: tl.constexpr,
     NUM_SLICES: tl.constexpr,
+    TILE_KEYS: tl.constexpr,
 ):
     """One program: rows [BLOCK_T] times outputs [BLOCK_F] of one stacked weight, over one split of the input values.
 
     Grid: (tiles of outputs, splits, tiles of rows * stacked weights). EPILOGUE is what follows the product y (norm and bias
     included): "plain" y · "residual" residual + y · "gated" silu(y[2i]) * y[2i + 1] · "block" x + silu(y), K = F · "best" the
-    largest of a tile, as a key.
+    largest of a tile, as a key · "top" the TILE_KEYS largest of a tile, as keys.
+
+    With HAS_SCALE the weight is of 8 bits, and a row of it counts times its scale. Such weights are the draft heads', which each
+    level of a tree reads again, so they may stay in the second-level cache; the model's are read once a step.
 
     A share that one block covers is taken at once: every warp multiplies its own slice of the input values, and the slices are
     summed. All loads are under way together, which hides latency better than a pipeline of few iterations, and no two warps work
@@ -202,6 +219,8 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
     SLICE: tl.constexpr = BLOCK_K // NUM_SLICES
     x += batch * x_batch_stride
     weight += batch * F * K
+    POLICY: tl.constexpr = "evict_last" if HAS_SCALE else "evict_first"
+    WEIGHT_BYTES: tl.constexpr = 1 if HAS_SCALE else 2
     mask_TF = in_rows_T[:, None] & in_outputs_F[None, :]
     offset_TF = (batch * T + t_T.to(tl.int64))[:, None] * F + f_F[None, :]
 
@@ -210,11 +229,13 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
         tl.extra.cuda.gdc_launch_dependents()
     if IS_SLICED:
         k_WK = k_begin + tl.arange(0, NUM_SLICES)[:, None] * SLICE + tl.arange(0, SLICE)[None, :]
-        w_WFK = _load_slices(weight, f_F, in_outputs_F, k_WK, k_end, K, IS_MASKED, "evict_first")
+        w_WFK = _load_slices(weight, f_F, in_outputs_F, k_WK, k_end, K, IS_MASKED, POLICY)
     elif PREFETCH:
         f_begin = tl.program_id(0) * BLOCK_F
         first = weight + f_begin.to(tl.int64) * K + k_begin
-        _prefetch_rows(first, tl.minimum(F - f_begin, BLOCK_F), K * 2, (k_end - k_begin) * 2)
+        _prefetch_rows(first, tl.minimum(F - f_begin, BLOCK_F), K * WEIGHT_BYTES, (k_end - k_begin) * WEIGHT_BYTES)
+    if HAS_SCALE:
+        scale_F = tl.load(scale + f_F, mask=in_outputs_F, other=0.0)
     if HAS_BIAS:
         bias_F = tl.load(bias + batch * F + f_F, mask=in_outputs_F, other=0.0).to(tl.float32)
     if USE_PDL:
@@ -232,15 +253,17 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
 
     if IS_SLICED:
         x_WTK = _load_slices(x, t_T, in_rows_T, k_WK, k_end, K, IS_MASKED, "")
-        acc_TF = tl.sum(tl.dot(x_WTK, tl.permute(w_WFK, (0, 2, 1))), axis=0)
+        acc_TF = tl.sum(tl.dot(x_WTK, tl.permute(w_WFK.to(x.dtype.element_ty), (0, 2, 1))), axis=0)
     else:
         acc_TF = tl.zeros([BLOCK_T, BLOCK_F], dtype=tl.float32)
         for offset in range(0, SPLIT_SIZE, BLOCK_K):
             k_K = k_begin + offset + tl.arange(0, BLOCK_K)
             x_TK = _load_tile(x, t_T, in_rows_T, k_K, k_end, K, IS_MASKED, "")
-            w_FK = _load_tile(weight, f_F, in_outputs_F, k_K, k_end, K, IS_MASKED, "evict_first")
-            acc_TF = tl.dot(x_TK, tl.trans(w_FK), acc_TF)
+            w_FK = _load_tile(weight, f_F, in_outputs_F, k_K, k_end, K, IS_MASKED, POLICY)
+            acc_TF = tl.dot(x_TK, tl.trans(w_FK.to(x.dtype.element_ty)), acc_TF)
 
+    if HAS_SCALE:
+        acc_TF *= scale_F[None, :]
     if HAS_NORM:
         # rms_norm(x) W = x W / rms(x): the norm's own weight is in W already
         square_T = tl.sum(_squares(x_WTK, 2), axis=0) if IS_SLICED else _squares(x_TR, 1)
@@ -259,6 +282,8 @@ def _skinny_kernel(  # noqa: C901 - one branch each of a few variants, all decid
         _finish_split(out, partials, counters, acc_TF, offset_TF, mask_TF, split_stride, SPLIT_K)
     elif EPILOGUE == "gated":
         _store_gated(out, acc_TF, t_T, in_rows_T, F, BLOCK_T, BLOCK_F)
+    elif EPILOGUE == "top":
+        _store_top(out, acc_TF, t_T, f_F, in_rows_T, in_outputs_F, TILE_KEYS)
     elif EPILOGUE == "best":
         _store_best(out, acc_TF, t_T, in_rows_T, in_outputs_F, BLOCK_F)
     else:
@@ -272,6 +297,7 @@ def skinny_product(
     *,
     out: Tensor,
     epilogue: str = "plain",
+    scale: Tensor | None = None,
     bias: Tensor | None = None,
     norm_eps: float | None = None,
     residual: Tensor | None = None,
@@ -282,9 +308,10 @@ def skinny_product(
 
     Args:
         x: [T, E] or [B, T, E], contiguous rows; a batch may be an expanded view. 16-bit.
-        weight: [F, E] or [B, F, E], contiguous, x's dtype. bias: [F] or [B, F]. For the gated epilogue gate and up alternate.
+        weight: [F, E] or [B, F, E], contiguous, x's dtype; or int8 [F, E] with a `scale`, float32 [F]. bias: [F] or [B, F]. For the
+            gated epilogue gate and up alternate.
         out: [T, F], [T, F / 2] if gated, or [B, T, F], contiguous, written. Its dtype is the one results are stored in. For the
-            epilogue "best": int64 [T, tiles of outputs], see `topk.best_of_keys`.
+            epilogue "best": int64 [T, tiles of outputs], see `topk.best_of_keys`; for "top" int64 [T, J], some keys of each tile.
         norm_eps: divide x by its root mean square, with this epsilon, if the config can take the norm.
         counters: from `split_counters`; needed if the config splits. Zero again when the launch is done.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later).
@@ -315,6 +342,7 @@ def skinny_product(
     _skinny_kernel[grid](
         x,
         weight,
+        scale,
         bias,
         residual,
         out,
@@ -331,13 +359,15 @@ def skinny_product(
         BLOCK_ROW=triton.next_power_of_2(num_inputs),
         SPLIT_K=split_k,
         SPLIT_SIZE=split_size,
+        HAS_SCALE=scale is not None,
         HAS_NORM=norm_eps is not None,
         HAS_BIAS=bias is not None,
         EPILOGUE=epilogue,
         USE_PDL=use_pdl,
         # in units of 16 bytes
-        PREFETCH=config.prefetch and use_pdl and num_inputs % 8 == 0,
+        PREFETCH=config.prefetch and use_pdl and num_inputs * weight.element_size() % 16 == 0,
         NUM_SLICES=min(config.num_warps, config.block_k // 16),
+        TILE_KEYS=out.shape[-1] // grid[0] if epilogue == "top" else 0,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         **launch_options(use_pdl),

@@ -159,6 +159,17 @@ def best_of_keys(keys_RJ: Tensor, *, use_pdl: bool = False) -> Tensor:
     return out_R
 
 
+def candidates_of_keys(keys_RJ: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None, use_pdl: bool = False) -> Tensor:
+    """Columns of the C largest of each row's keys (`pack`), best first, or what the map holds for them: int64 [R, C].
+
+    keys_RJ: int64, contiguous, at least C of them.
+    """
+    ids_RC = torch.empty(keys_RJ.shape[0], num_candidates, dtype=torch.int64, device=keys_RJ.device)
+    if keys_RJ.shape[0] > 0:
+        _merge(keys_RJ, ids_RC, None, token_map_V, num_candidates, use_pdl)
+    return ids_RC
+
+
 def topk_rows(logits_RV: Tensor, num_candidates: int, *, token_map_V: Tensor | None = None, use_pdl: bool = False) -> Tensor:
     """Columns of the C largest entries of each row, int64 [R, C]: best first, the lowest column first among equals.
 

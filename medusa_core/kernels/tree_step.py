@@ -1,7 +1,8 @@
 """The two ends of a decode step over lane state: what the model is given, and what becomes of its draws.
 
-`pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens drawn down the tree, cuts the path at stop
-ids and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
+`gather_roots` reads what heads draft from, `pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens
+drawn down the tree, cuts the path at stop ids and limits, and writes it to the lane. References: runtime/runner.py and
+speculation/verify.py, which do the same in torch.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
 X block-table width · E hidden · R lists of candidates · C candidates per list.
@@ -46,8 +47,8 @@ def _pack_kernel(
     table_width,
     spare_slot,
     max_position,
-    num_lists,
-    num_candidates,
+    candidates_lane_stride,
+    candidates_list_stride,
     out_token,
     out_position,
     out_slot,
@@ -73,7 +74,8 @@ def _pack_kernel(
         is_draft = is_node & (node > 0)
         list_idx = tl.load(list_ptr + node, mask=is_draft, other=0)
         rank = tl.load(rank_ptr + node, mask=is_draft, other=0)
-        drafted = tl.load(candidates + (b * num_lists + list_idx) * num_candidates + rank, mask=is_draft, other=0)
+        list_ptr_N = candidates + b * candidates_lane_stride + list_idx * candidates_list_stride
+        drafted = tl.load(list_ptr_N + rank, mask=is_draft, other=0)
         token = tl.where(node == 0, token, drafted)
     row = b * num_nodes + node
     tl.store(out_token + row, token, mask=is_node)
@@ -171,6 +173,52 @@ def _walk_kernel(
             tl.store(lane_hidden + lane * hidden_size + column, values, mask=column < hidden_size)
 
 
+@triton.jit
+def _roots_kernel(
+    lane_ptr,
+    num_known,
+    tokens,
+    tokens_stride,
+    lane_hidden,
+    out_hidden,
+    out_root,
+    E: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """One lane. Grid (B,)."""
+    follow_on(USE_PDL)
+    b = tl.program_id(0).to(tl.int64)
+    lane = tl.load(lane_ptr + b)
+    e_E = tl.arange(0, BLOCK_E)
+    hidden_E = tl.load(lane_hidden + lane * E + e_E, mask=e_E < E)
+    tl.store(out_hidden + b * E + e_E, hidden_E, mask=e_E < E)
+    tl.store(out_root + b, tl.load(tokens + lane * tokens_stride + tl.load(num_known + lane) - 1))
+
+
+def gather_roots(
+    lane_B: Tensor, *, num_known_P: Tensor, tokens_PL: Tensor, hidden_PE: Tensor, use_pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    """What is drafted from, of the lanes in lane_B: the hidden states [B, E], and the roots' tokens, int64 [B]."""
+    num_lanes, hidden_size = lane_B.shape[0], hidden_PE.shape[1]
+    hidden_BE = hidden_PE.new_empty(num_lanes, hidden_size)
+    root_B = torch.empty_like(lane_B)
+    _roots_kernel[(num_lanes,)](
+        lane_B,
+        num_known_P,
+        tokens_PL,
+        tokens_PL.stride(0),
+        hidden_PE,
+        hidden_BE,
+        root_B,
+        E=hidden_size,
+        BLOCK_E=triton.next_power_of_2(hidden_size),
+        USE_PDL=use_pdl,
+        **launch_options(use_pdl),
+    )
+    return hidden_BE, root_B
+
+
 def pack_trees(
     lane_B: Tensor,
     candidates_BRC: Tensor | None,
@@ -187,10 +235,11 @@ def pack_trees(
     max_position: int,
     use_pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Rows of one decode step, from lane state. All tensors int64 and contiguous.
+    """Rows of one decode step, from lane state. All tensors int64 and contiguous, but for the candidates.
 
     Args:
-        candidates_BRC: lists of tokens, best first; node n is number rank_N[n] of list list_N[n]. None only for a tree of one node.
+        candidates_BRC: lists of tokens, best first, each contiguous; node n is number rank_N[n] of list list_N[n]. None only for a
+            tree of one node.
         max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). Attention reads some
             of the results ahead, so a kernel without must come in between; the embedding is one.
@@ -202,12 +251,13 @@ def pack_trees(
     num_lanes, num_nodes = lane_B.shape[0], depth_N.shape[0]
     if candidates_BRC is None and num_nodes > 1:
         raise ValueError("a tree of more than one node needs candidates")
-    candidates = lane_B if candidates_BRC is None else candidates_BRC.contiguous()
+    if candidates_BRC is not None and candidates_BRC.stride(2) != 1:
+        candidates_BRC = candidates_BRC.contiguous()
     token_T, position_T, slot_T, index_T, lane_T = lane_B.new_empty(5, num_lanes * num_nodes)
     base_B = torch.empty_like(lane_B)
     _pack_kernel[(num_lanes,)](
         lane_B,
-        candidates,
+        candidates_BRC,
         list_N,
         depth_N,
         rank_N,
@@ -219,8 +269,8 @@ def pack_trees(
         block_table_PX.shape[1],
         spare_slot,
         max_position,
-        1 if candidates_BRC is None else candidates_BRC.shape[1],
-        1 if candidates_BRC is None else candidates_BRC.shape[2],
+        0 if candidates_BRC is None else candidates_BRC.stride(0),
+        0 if candidates_BRC is None else candidates_BRC.stride(1),
         token_T,
         position_T,
         slot_T,

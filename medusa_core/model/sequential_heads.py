@@ -29,7 +29,7 @@ Output = Literal["shared", "own", "low-rank"]
 Project = Callable[[Tensor], Tensor]
 Embed = Any  # the base model's embedding: a module that is called with ids and has a `weight` [U, E]
 
-_RMS_EPS = 1e-6
+RMS_EPS = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -282,8 +282,8 @@ class SequentialHeads(nn.Module):
     def step(
         self,
         head: int,
-        state_BmE: Tensor,
-        lists_BmC: Tensor,
+        state_mBE: Tensor,
+        lists_mBC: Tensor,
         parent_n: Tensor,
         rank_n: Tensor,
         num_candidates: int,
@@ -291,29 +291,29 @@ class SequentialHeads(nn.Module):
         project: Project,
         embed: Embed,
     ) -> tuple[Tensor, Tensor]:
-        """One level of a tree: the states of its nodes [B, n, E], and the best tokens below each, int64 [B, n, C].
+        """One level of a tree: the states of its nodes [n, B, E], and the best tokens below each, int64 [n, B, C].
 
         Args:
-            state_BmE, lists_BmC: of the level above. For the root: the hidden state, and a list of the root's token alone.
+            state_mBE, lists_mBC: of the level above. For the root: the hidden state, and a list of the root's token alone.
             parent_n, rank_n: node j's token is number rank_n[j] in the list of node parent_n[j] of the level above; int64.
         """
-        num_lanes, num_nodes = state_BmE.shape[0], parent_n.shape[0]
-        if _has_kernels(state_BmE) and self.shape.is_sequential:
+        num_lanes, num_nodes = state_mBE.shape[1], parent_n.shape[0]
+        if _has_kernels(state_mBE) and self.shape.is_sequential:
             from medusa_core.kernels.head_inputs import join_inputs
             from medusa_core.kernels.support import can_overlap_launches
 
             x_RE, input_RJ, token_R = join_inputs(
-                state_BmE, lists_BmC, parent_n, rank_n, embed.weight, eps=_RMS_EPS, use_pdl=can_overlap_launches(state_BmE.device)
+                state_mBE, lists_mBC, parent_n, rank_n, embed.weight, eps=RMS_EPS, use_pdl=can_overlap_launches(state_mBE.device)
             )
         else:
-            x_RE = state_BmE[:, parent_n].flatten(0, 1)
-            token_R = lists_BmC[:, parent_n, rank_n].flatten()
+            x_RE = state_mBE[parent_n].flatten(0, 1)
+            token_R = lists_mBC[parent_n, :, rank_n].flatten()
             input_RJ = joined_inputs(x_RE, embed(token_R)) if self.shape.is_sequential else x_RE
         y_RE = self._advance(head, x_RE, input_RJ)
         lists_RC = self._topk(head, y_RE, token_R, num_candidates, project)
         # heads that are not sequential all read the same hidden state
         state_RE = y_RE if self.shape.is_sequential else x_RE
-        return state_RE.view(num_lanes, num_nodes, -1), lists_RC.view(num_lanes, num_nodes, -1)
+        return state_RE.view(num_nodes, num_lanes, -1), lists_RC.view(num_nodes, num_lanes, -1)
 
     def _advance(self, head: int, x_RE: Tensor, input_RJ: Tensor) -> Tensor:
         shares = self.shape.shares_blocks
@@ -361,7 +361,7 @@ def draft_ids(token_map_V: Tensor | None, base_vocab_size: int, *, outside: int)
 def unit_rms(x_RE: Tensor) -> Tensor:
     """x divided by its root mean square, in x's dtype; statistics in float32."""
     wide_RE = x_RE.float()
-    return (wide_RE * torch.rsqrt(wide_RE.square().mean(dim=-1, keepdim=True) + _RMS_EPS)).to(x_RE.dtype)
+    return (wide_RE * torch.rsqrt(wide_RE.square().mean(dim=-1, keepdim=True) + RMS_EPS)).to(x_RE.dtype)
 
 
 def joined_inputs(state_RE: Tensor, embedding_RE: Tensor) -> Tensor:

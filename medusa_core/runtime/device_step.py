@@ -21,7 +21,7 @@ from medusa_core.kernels.attention import SplitWorkspace
 from medusa_core.kernels.kv_cache import commit_path
 from medusa_core.kernels.sampling import draw_rows
 from medusa_core.kernels.topk import argmax_rows
-from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, pack_trees, walk_trees
+from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, gather_roots, pack_trees, walk_trees
 from medusa_core.plan import PrefillChunk
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
@@ -148,9 +148,14 @@ class DecodeStep:
         drafter, lanes = self._parts.model.drafter, self._parts.lanes
         if drafter is None or self.tree.num_nodes == 1:
             return None
-        # launches that only some drafters need
-        root_B = lanes.tokens_PL[self.lane_B, lanes.num_known_P[self.lane_B] - 1] if drafter.reads_root else None
-        return drafter(lanes.hidden_PE[self.lane_B], root_B, self.tree)
+        hidden_BE, root_B = gather_roots(
+            self.lane_B,
+            num_known_P=lanes.num_known_P,
+            tokens_PL=lanes.tokens_PL,
+            hidden_PE=lanes.hidden_PE,
+            use_pdl=self._parts.use_pdl,
+        )
+        return drafter(hidden_BE, root_B, self.tree)
 
 
 class PrefillStep:

@@ -21,17 +21,15 @@ from medusa_core.speculation.device_tree import DeviceTree
 
 
 class Drafter(Protocol):
-    """What fills trees. reads_root: whether it wants to know the root's token."""
-
-    reads_root: bool
+    """What fills trees."""
 
     def lists_of(self, tree: DeviceTree) -> Tensor:
         """Which list each node takes its token from, int64 [N]; -1 for the root."""
 
-    def __call__(self, hidden_BE: Tensor, root_B: Tensor | None, tree: DeviceTree) -> Tensor:
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
         """Lists of base vocabulary ids, best first, int64 [B, R, C], for a tree of at least two nodes.
 
-        hidden_BE: post-norm hidden state at the position before the root. root_B: the root's token, where it is read.
+        hidden_BE: post-norm hidden state at the position before the root. root_B: the root's token.
         """
 
 
@@ -39,22 +37,18 @@ class IndependentDrafter:
     """A list per head: head k (0-based) predicts token t+2+k from the hidden state at t, where t+1 is the root's index; so a node
     of depth d takes its token from head d-1."""
 
-    reads_root = False
-
     def __init__(self, heads: MedusaHeads, loaded: LoadedModel) -> None:
         self._topk = partial(heads.topk, project=loaded.project)
 
     def lists_of(self, tree: DeviceTree) -> Tensor:
         return tree.depth_N - 1
 
-    def __call__(self, hidden_BE: Tensor, root_B: Tensor | None, tree: DeviceTree) -> Tensor:
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
         return self._topk(hidden_BE, tree.max_depth, tree.max_rank + 1)
 
 
 class SequentialDrafter:
     """A list per node with children, level by level."""
-
-    reads_root = True
 
     def __init__(self, heads: SequentialHeads, loaded: LoadedModel) -> None:
         self._step = partial(heads.step, project=loaded.project, embed=loaded.model.get_input_embeddings())
@@ -62,19 +56,26 @@ class SequentialDrafter:
     def lists_of(self, tree: DeviceTree) -> Tensor:
         return tree.inner_list_N
 
-    def __call__(self, hidden_BE: Tensor, root_B: Tensor | None, tree: DeviceTree) -> Tensor:
-        assert root_B is not None
-        state_BmE, lists_BmC = hidden_BE.unsqueeze(1), root_B.view(-1, 1, 1)
+    def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
+        state_mBE, lists_mBC = hidden_BE.unsqueeze(0), root_B.view(1, -1, 1)
         lists = []
         for head, (parent_n, rank_n) in enumerate(tree.inner_levels):
-            state_BmE, lists_BmC = self._step(head, state_BmE, lists_BmC, parent_n, rank_n, tree.max_rank + 1)
-            lists.append(lists_BmC)
-        return torch.cat(lists, dim=1)
+            state_mBE, lists_mBC = self._step(head, state_mBE, lists_mBC, parent_n, rank_n, tree.max_rank + 1)
+            lists.append(lists_mBC)
+        return torch.cat(lists).transpose(0, 1)
 
 
-def make_drafter(heads: DraftHeads, loaded: LoadedModel) -> Drafter:
-    """The drafter for heads on their base model."""
-    return SequentialDrafter(heads, loaded) if isinstance(heads, SequentialHeads) else IndependentDrafter(heads, loaded)
+def make_drafter(heads: DraftHeads, loaded: LoadedModel, *, has_kernels: bool = False) -> Drafter:
+    """The drafter for heads on their base model. has_kernels: whether kernels run on the model's device."""
+    if not isinstance(heads, SequentialHeads):
+        return IndependentDrafter(heads, loaded)
+    if has_kernels:
+        # Imported here: without a GPU there may be no triton.
+        from medusa_core.speculation.kernel_drafter import KernelDrafter, suits
+
+        if suits(heads, loaded):
+            return KernelDrafter(heads, loaded)
+    return SequentialDrafter(heads, loaded)
 
 
 def draft_tree(drafter: Drafter, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:

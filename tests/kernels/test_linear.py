@@ -10,6 +10,7 @@ from medusa_core.kernels import linear
 from medusa_core.kernels.linear import SkinnyConfig
 from medusa_core.kernels.skinny import skinny_product
 from medusa_core.kernels.topk import argmax_rows
+from medusa_core.model.int8_linear import to_int8
 from tests import options
 
 EPS = 1e-5
@@ -239,3 +240,25 @@ def test_a_config_is_cut_down_to_the_shared_memory_there_is():
     small = linear.fit_config(large, 99 * 1024)
     assert small.shared_bytes <= 99 * 1024
     assert (small.block_t, small.block_k, small.num_stages) == (64, 128, 2)
+
+
+def int8_weight(num_outputs, num_inputs, dtype):
+    """(int8, scale), and the same weight in float32."""
+    rounded, scale = to_int8(randn(num_outputs, num_inputs, dtype=dtype, seed=3, scale=num_inputs**-0.5))
+    return rounded, scale, rounded.float() * scale[:, None]
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 64])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SIZES)
+@pytest.mark.parametrize("config", [None, LOOPED], ids=["default", "looped"])
+def test_products_with_weights_of_8_bits(num_inputs, num_outputs, num_rows, config, dtype, counters):
+    x, residual = randn(num_rows, num_inputs, dtype=dtype), randn(num_rows, num_outputs, dtype=dtype, seed=1)
+    weight, scale, wide = int8_weight(num_outputs, num_inputs, dtype)
+    bias = randn(num_outputs, dtype=dtype, seed=2)
+    expected = functional.linear(x.float(), wide, bias.float())
+    added = linear.linear_residual(x, weight, residual, bias, scale_E=scale, counters=counters, config=config)
+    assert_near(added, (residual.float() + expected).to(dtype), dtype)
+    assert not counters.any()
+    gate, up = expected.unflatten(1, (-1, 2)).unbind(-1)
+    gated = linear.gated_product(x, weight, bias, scale_2I=scale, config=config)
+    assert_near(gated, (functional.silu(gate) * up).to(dtype), dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from medusa_core.kernels.tree_step import pack_trees, walk_trees
+from medusa_core.kernels.tree_step import gather_roots, pack_trees, walk_trees
 from medusa_core.sampling.sampler import SamplingRows
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import draft_tree
@@ -55,8 +55,6 @@ class Lanes:
 class FixedLists:
     """A drafter with nothing to compute."""
 
-    reads_root = False
-
     def __init__(self, lists_BRC: torch.Tensor, list_N: torch.Tensor) -> None:
         self._lists_BRC, self._list_N = lists_BRC, list_N
 
@@ -65,6 +63,14 @@ class FixedLists:
 
     def __call__(self, hidden_BE: torch.Tensor, root_B: torch.Tensor, tree: DeviceTree) -> torch.Tensor:
         return self._lists_BRC
+
+
+def test_roots_of_lanes():
+    state = Lanes(0, TREES["root"])
+    lane_B = torch.tensor([4, 1, 4], device=options.device)
+    hidden, root = gather_roots(lane_B, num_known_P=state.known, tokens_PL=state.tokens, hidden_PE=state.hidden)
+    assert torch.equal(hidden, state.hidden[lane_B])
+    assert torch.equal(root, state.tokens[lane_B, state.known[lane_B] - 1])
 
 
 @pytest.mark.parametrize("name", TREES)
@@ -76,7 +82,8 @@ def test_rows_of_a_step(name, seed, has_paths):
     lane_B = torch.tensor([4, 1, 3], device=options.device)
     # as independent heads offer them, or a list for each node with children
     list_N = tree.inner_list_N if has_paths else tree.depth_N - 1
-    candidates = state.ints(0, VOCAB, 3, max(int(list_N.max()) + 1, 1), TREES[name].max_rank + 1)
+    candidates = state.ints(0, VOCAB, max(int(list_N.max()) + 1, 1), 3, TREES[name].max_rank + 1).transpose(0, 1)
+    candidates = candidates if has_paths else candidates.contiguous()
     token, position, slot, index, lane, base = pack_trees(
         lane_B,
         candidates if tree.num_nodes > 1 else None,

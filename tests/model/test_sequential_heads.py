@@ -161,7 +161,7 @@ def test_a_level_on_a_gpu_is_near_the_plain_one(shape):
     embedding, linear = nn.Embedding(V, E), nn.Linear(E, V, bias=False)
     linear.weight.data.mul_(4.0)
     parts = [module.requires_grad_(False).bfloat16().float() for module in (heads, embedding, linear)]
-    state, lists = torch.randn(4, 2, E).bfloat16().float(), torch.randint(V, (4, 2, 3))
+    state, lists = torch.randn(2, 4, E).bfloat16().float(), torch.randint(V, (2, 4, 3))
     parent, rank = torch.tensor([0, 1, 1]), torch.tensor([2, 0, 1])
 
     def step(device, dtype):

@@ -22,8 +22,6 @@ from tests.equivalence.models import tiny_model
 class ConstantDrafter:
     """Always the same token."""
 
-    reads_root = False
-
     def lists_of(self, tree: DeviceTree) -> Tensor:
         return tree.depth_N - 1
 

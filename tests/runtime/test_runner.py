@@ -52,8 +52,6 @@ class ScriptedDraft:
     def __init__(self) -> None:
         self.next_tokens: list[int] = []
 
-    reads_root = False
-
     def lists_of(self, tree: DeviceTree) -> Tensor:
         return tree.depth_N - 1
 
