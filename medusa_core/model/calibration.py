@@ -14,7 +14,6 @@ and `node_acceptance` how often each of its nodes is accepted; without the two, 
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 from collections.abc import Sequence
@@ -91,7 +90,7 @@ def load_calibration(path: Path) -> Calibration:
         raise ModelLoadError(f"{path} is no calibration file ({error!r}).", hint="Delete it, or measure again.") from error
     if not is_known_format or not _is_valid(calibration):
         hint = (
-            "Each head needs shares between 0 and 1 that add up to at most 1, each node of the tree one that does not increase. "
+            "Each head needs shares between 0 and 1 that add up to at most 1, each node of the tree one that its parent's covers. "
             "Delete it, or measure again."
         )
         raise ModelLoadError(f"{path} is no calibration of format {_FORMAT}.", hint=hint)
@@ -106,6 +105,10 @@ def _rounded(shares: Sequence[float]) -> list[float]:
 def _is_valid(calibration: Calibration) -> bool:
     heads, nodes = calibration.rank_accuracy, calibration.node_acceptance
     are_heads_valid = all(head and all(0.0 <= share <= 1.0 for share in head) and sum(head) <= 1.0 + 1e-6 for head in heads)
-    num_nodes = len(calibration.tree.choices) if calibration.tree is not None else 0
-    are_nodes_valid = all(0.0 <= later <= earlier <= 1.0 for earlier, later in itertools.pairwise((1.0, *nodes)))
-    return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid and len(nodes) == num_nodes
+    parents = calibration.tree.parents[1:] if calibration.tree is not None else ()
+    if len(nodes) != len(parents):
+        return False
+    # of the root, and of the draft nodes
+    shares = (1.0, *nodes)
+    are_nodes_valid = all(0.0 <= share <= shares[parent] for share, parent in zip(nodes, parents, strict=True))
+    return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid

@@ -44,9 +44,17 @@ def best_tree(rank_accuracy: Sequence[Sequence[float]], num_nodes: int) -> TreeT
 
 
 def best_observed_tree(
-    paths: Iterable[Choice], rank_accuracy: Sequence[Sequence[float]], num_nodes: int, *, prior_weight: float = 50.0
+    paths: Iterable[Choice],
+    rank_accuracy: Sequence[Sequence[float]],
+    num_nodes: int,
+    *,
+    prior_weight: float = 50.0,
+    level_cost: float = 0.0,
 ) -> tuple[TreeTopology, tuple[float, ...]]:
     """The best tree of `num_nodes` nodes, root included, for observed paths: best node first, each prefix the best of its size.
+
+    Heads that draft level by level take longer for a deeper tree. With a `level_cost` a level is opened where the tree has grown so
+    large that the level's nodes bring that much more than those they replace; right behind that, a prefix may not yet be the best.
 
     A node is accepted as often as its parent is, times how often its rank is right where its parent is. Rarely seen parents say
     little about that, so the head's accuracy anywhere joins in, as if it had been seen at `prior_weight` positions more.
@@ -55,6 +63,7 @@ def best_observed_tree(
         paths: for each position the ranks of the right tokens in the heads' lists, the first head's first, cut before the first
             that was not in the list.
         rank_accuracy: as for `best_tree`; ranks may be in any order here. Only ranks listed are offered.
+        level_cost: what a level takes to draft, in tokens that a step would emit in that time.
 
     Returns:
         The tree, and how often each of its draft nodes is accepted.
@@ -66,25 +75,34 @@ def best_observed_tree(
     num_seen = Counter(path[:length] for path in paths for length in range(len(path) + 1))
     if not num_seen:
         raise ConfigError("There are no positions to choose a tree for.")
-    heap: list[tuple[float, int, Choice]] = []
 
-    def offer_children(choice: Choice, probability: float) -> None:
-        if len(choice) < len(rank_accuracy):
+    def best_first(num_levels: int) -> list[tuple[Choice, float]]:
+        """Nodes of at most so many levels, and how often they are accepted."""
+        nodes: list[tuple[Choice, float]] = []
+        heap: list[tuple[float, int, Choice]] = [(-1.0, 0, ())]
+        while heap and len(nodes) < num_nodes:
+            negative, _, choice = heapq.heappop(heap)
+            nodes.append((choice, -negative))
             num_parent = num_seen[choice] + prior_weight
-            for rank, accuracy in enumerate(rank_accuracy[len(choice)]):
+            for rank, accuracy in enumerate(rank_accuracy[len(choice)] if len(choice) < num_levels else ()):
                 child = (*choice, rank)
                 share = (num_seen[child] + prior_weight * accuracy) / num_parent
-                heapq.heappush(heap, (-probability * share, len(child), child))
+                heapq.heappush(heap, (negative * share, len(child), child))
+        # without the root
+        return nodes[1:]
 
-    offer_children((), 1.0)
-    choices: list[Choice] = []
-    accepted: list[float] = []
-    while heap and len(choices) < num_nodes - 1:
-        negative, _, choice = heapq.heappop(heap)
-        choices.append(choice)
-        accepted.append(-negative)
-        offer_children(choice, -negative)
-    return TreeTopology(tuple(choices)), tuple(accepted)
+    by_levels = [best_first(num_levels) for num_levels in range(1, len(rank_accuracy) + 1)]
+    gains = [[0.0, *itertools.accumulate(accepted for _, accepted in nodes)] for nodes in by_levels]
+    chosen: dict[Choice, float] = {}
+    num_levels = 0
+    for size in range(1, max((len(nodes) for nodes in by_levels), default=0) + 1):
+        values = [gain[min(size, len(gain) - 1)] - level_cost * levels for levels, gain in enumerate(gains, start=1)]
+        # the fewest of equally good ones; a level that is open stays so
+        num_levels = max(num_levels, 1 + max(range(len(values)), key=values.__getitem__))
+        missing = ((choice, accepted) for choice, accepted in by_levels[num_levels - 1] if choice not in chosen)
+        if (node := next(missing, None)) is not None:
+            chosen[node[0]] = node[1]
+    return TreeTopology(tuple(chosen)), tuple(chosen.values())
 
 
 def node_acceptance(topology: TreeTopology, rank_accuracy: Sequence[Sequence[float]]) -> tuple[float, ...]:

@@ -108,7 +108,7 @@ def test_calibrations_are_found_beside_a_file_and_in_a_folder(tmp_path: Path) ->
         "{", "[]", "{}", _calibration(format=2), _calibration(rank_accuracy=[]), _calibration(rank_accuracy=[[]]),
         _calibration(rank_accuracy=[[1.5]]), _calibration(rank_accuracy=[[0.9, 0.9]]), _calibration(rank_accuracy=[["x"]]),
         _calibration(tree=[[0]]), _calibration(tree=[[0]], node_acceptance=[]), _calibration(tree=[[0, 0]], node_acceptance=[0.5]),
-        _calibration(tree=[[0], [1]], node_acceptance=[0.2, 0.5]), _calibration(tree=[[0]], node_acceptance=[1.5]),
+        _calibration(tree=[[0], [0, 0]], node_acceptance=[0.2, 0.5]), _calibration(tree=[[0]], node_acceptance=[1.5]),
         _calibration(tree=[[0], [0, 0], [0, 0, 0]], node_acceptance=[0.5, 0.2, 0.1]),
     ],
 )  # fmt: skip

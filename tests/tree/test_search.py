@@ -135,6 +135,34 @@ def test_observed_trees_know_what_independent_heads_would_not():
     assert best_observed_tree(paths, accuracy, 4)[0] == observed.prefix(4)
 
 
+def test_levels_that_cost_are_opened_where_they_pay():
+    paths = drawn_paths(4000)
+    accuracy = marginals(paths, 2, 3)
+    free, _ = best_observed_tree(paths, accuracy, 9)
+    # the second level's best node is accepted in a third of the steps, a node of the first in a sixth or more
+    costly, acceptance = best_observed_tree(paths, accuracy, 9, level_cost=0.3)
+    assert free.choices[:2] == ((0,), (0, 0))
+    assert costly.choices[:3] == ((0,), (1,), (2,))
+    assert sorted(costly.choices) == sorted(free.choices)
+    shares = dict(zip(costly.choices, acceptance, strict=True))
+    assert all(share <= shares.get(choice[:-1], 1.0) for choice, share in shares.items())
+    never, _ = best_observed_tree(paths, accuracy, 9, level_cost=2.0)
+    assert never.max_depth == 1
+    assert never.num_nodes == 4
+
+
+# sizes that are not just behind the opening of a level, where a prefix may lag
+@pytest.mark.parametrize(("num_nodes", "level_cost"), [(2, 0.02), (3, 0.02), (4, 0.1), (5, 0.1), (3, 0.3), (4, 0.3)])
+def test_no_tree_of_the_same_size_is_better_after_what_levels_cost(num_nodes, level_cost):
+    paths = drawn_paths(400)
+
+    def worth(tree):
+        return sum(emitted(tree, path) for path in paths) / len(paths) - level_cost * tree.max_depth
+
+    found, _ = best_observed_tree(paths, marginals(paths, 2, 3), num_nodes, prior_weight=0.0, level_cost=level_cost)
+    assert worth(found) == pytest.approx(max(worth(other) for other in all_trees(num_nodes - 1, 2, 3)))
+
+
 def test_a_parent_seen_once_says_little_about_its_children():
     paths = [(0,)] * 50 + [(1, 1)] + [()] * 49
     accuracy = [[0.5, 0.01], [0.4, 0.01]]
