@@ -63,8 +63,10 @@ def is_skinny(x_TE: Tensor, weight_FE: Tensor) -> bool:
     return x_TE.shape[-2] <= max_rows and x_TE.dtype in (torch.float16, torch.bfloat16)
 
 
-def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split: bool = False) -> SkinnyConfig:
-    """The cut of a product with a weight [num_outputs, num_inputs], as measured best on an H200.
+def choose_config(
+    num_rows: int, num_outputs: int, num_inputs: int, *, can_split: bool = False, has_int8: bool = False
+) -> SkinnyConfig:
+    """The cut of a product with a weight [num_outputs, num_inputs], as measured best on an H200, for weights of 8 bits on an H100.
 
     It is the same for 1 to 16 rows, and for 17 to 64: within each range a row's result does not depend on the number of rows.
     """
@@ -81,7 +83,7 @@ def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split
         if num_tiles >= _MANY_TILES:
             return SkinnyConfig(block_t=64, block_f=128, block_k=min(64, share), prefetch=False)
         if not is_narrow:
-            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=3)
+            return SkinnyConfig(block_t=64, block_f=32, block_k=block_k, num_stages=5 if has_int8 else 3)
         if split_k == 1:
             return SkinnyConfig(block_t=64, block_f=16, block_k=min(64, share), num_stages=12)
         # fewer, larger parts than for few rows: each part's sums are written and read again
@@ -93,7 +95,7 @@ def choose_config(num_rows: int, num_outputs: int, num_inputs: int, *, can_split
         return SkinnyConfig(block_t=16, block_f=16, block_k=share, split_k=split_k, num_stages=1)
     if is_narrow:
         return SkinnyConfig(block_t=16, block_f=16, block_k=block_k, split_k=split_k, num_stages=5)
-    return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=5, prefetch=False)
+    return SkinnyConfig(block_t=16, block_f=64, block_k=block_k, num_stages=8 if has_int8 else 5, prefetch=False)
 
 
 def _power_of_two(value: int) -> int:
@@ -266,16 +268,19 @@ def _default_config(x_TE: Tensor, weight_FE: Tensor, counters: Tensor | None = N
     """None: cuBLAS does it."""
     if not is_skinny(x_TE, weight_FE):
         return None
-    config = choose_config(x_TE.shape[-2], weight_FE.shape[-2], weight_FE.shape[-1], can_split=counters is not None)
+    num_outputs, num_inputs = weight_FE.shape[-2:]
+    config = choose_config(
+        x_TE.shape[-2], num_outputs, num_inputs, can_split=counters is not None, has_int8=weight_FE.dtype == torch.int8
+    )
     return fit_config(config, shared_memory_bytes(x_TE.device))
 
 
-def fit_config(config: SkinnyConfig, shared_bytes: int) -> SkinnyConfig:
-    """The config with as many stages, then as many outputs and inputs at once, as the shared memory of a program holds (16-bit
-    values)."""
+def fit_config(config: SkinnyConfig, shared_bytes: int, *, keeps_outputs: bool = False) -> SkinnyConfig:
+    """The config with as many stages, then as many outputs (unless it keeps them) and inputs at once, as the shared memory of a
+    program holds (16-bit values)."""
     while config.shared_bytes > shared_bytes and config.num_stages > 2:
         config = replace(config, num_stages=config.num_stages - 1)
-    while config.shared_bytes > shared_bytes and config.block_f > 16:
+    while config.shared_bytes > shared_bytes and config.block_f > 16 and not keeps_outputs:
         config = replace(config, block_f=config.block_f // 2)
     while config.shared_bytes > shared_bytes and config.block_k > 64:
         config = replace(config, block_k=config.block_k // 2)

@@ -240,6 +240,9 @@ def test_a_config_is_cut_down_to_the_shared_memory_there_is():
     small = linear.fit_config(large, 99 * 1024)
     assert small.shared_bytes <= 99 * 1024
     assert (small.block_t, small.block_k, small.num_stages) == (64, 128, 2)
+    kept = linear.fit_config(large, 64 * 1024, keeps_outputs=True)
+    assert kept.shared_bytes <= 64 * 1024
+    assert kept.block_f == large.block_f
 
 
 def int8_weight(num_outputs, num_inputs, dtype):
