@@ -21,7 +21,7 @@ TILE_KEYS = 2
 # With so many tiles, three of ten candidates meet in one of them in about three lists of a hundred.
 MIN_OUTPUTS = 64 * TILE_LEN
 # As measured best on an H100, for weights of 8 bits.
-_FEW_ROWS = SkinnyConfig(block_t=16, block_f=TILE_LEN, block_k=256, num_warps=8, num_stages=3, prefetch=False)
+_FEW_ROWS = SkinnyConfig(block_t=16, block_f=TILE_LEN, block_k=128, num_stages=5)
 _MORE_ROWS = SkinnyConfig(block_t=64, block_f=TILE_LEN, block_k=128, num_stages=4, prefetch=False)
 
 

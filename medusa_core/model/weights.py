@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from medusa_core.errors import ModelLoadError
@@ -59,9 +59,13 @@ def open_tensor_files(paths: Sequence[Path]) -> Iterator[list[TensorFile]]:
 
 
 def write_tensor_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file, as a whole or not at all: a server may have the file that it replaces in its memory."""
+    """Write a safetensors file, as a whole or not at all: a server may have the file that it replaces in its memory.
+
+    Who else may read it is up to the umask; safetensors' own writer allows nobody, and heads are trained by one user and served by
+    another.
+    """
     partial = path.with_suffix(".partial")
-    save_file(dict(tensors), partial, metadata=dict(metadata))
+    partial.write_bytes(save(dict(tensors), metadata=dict(metadata)))
     partial.replace(path)
 
 

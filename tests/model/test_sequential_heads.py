@@ -69,6 +69,13 @@ def test_what_is_saved_is_what_is_loaded(loaded, tmp_path, shape):
         assert torch.equal(again.state_dict()[name], parameter)
 
 
+def test_files_of_heads_are_readable_as_any_new_file_is(tmp_path):
+    path = save(random_heads(HeadsShape(num_heads=K)), tmp_path / "heads.safetensors")
+    (tmp_path / "other").touch()
+    assert path.stat().st_mode == (tmp_path / "other").stat().st_mode
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_eight_bits_are_near(loaded, tmp_path):
     heads = random_heads(SHAPES["sequential, all at once"])
     path = save(heads, tmp_path / "heads.safetensors", dtype=torch.int8)
