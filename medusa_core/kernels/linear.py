@@ -165,11 +165,11 @@ def gated_product(
     """silu(gate) * up: [T, I].
 
     weight_2IE, bias_2I: gate and up alternate (`interleave`). scale_2I: of a weight in 8 bits (`skinny_product`), which takes up to
-    MAX_SKINNY_ROWS rows. config: as for `norm_linear`.
+    MAX_SKINNY_ROWS rows of 16-bit values; ValueError for others. config: as for `norm_linear`.
     """
     config = config or _default_config(x_TE, weight_2IE)
     if config is None:
-        assert scale_2I is None
+        _refuse_int8(scale_2I)
         return silu_mul(functional.linear(x_TE, weight_2IE, bias_2I), use_pdl=use_pdl)
     out_TI = x_TE.new_empty(x_TE.shape[0], weight_2IE.shape[0] // 2)
     return skinny_product(x_TE, weight_2IE, config, out=out_TI, epilogue="gated", scale=scale_2I, bias=bias_2I, use_pdl=use_pdl)
@@ -194,7 +194,7 @@ def linear_residual(
     """
     config = config or _default_config(x_TF, weight_EF, counters)
     if config is None:
-        assert scale_E is None
+        _refuse_int8(scale_E)
         if may_overwrite and bias_E is None:
             return residual_TE.addmm_(x_TF, weight_EF.t())
         return functional.linear(x_TF, weight_EF, bias_E).add_(residual_TE)
@@ -285,6 +285,11 @@ def fit_config(config: SkinnyConfig, shared_bytes: int, *, keeps_outputs: bool =
     while config.shared_bytes > shared_bytes and config.block_k > 64:
         config = replace(config, block_k=config.block_k // 2)
     return config
+
+
+def _refuse_int8(scale: Tensor | None) -> None:
+    if scale is not None:
+        raise ValueError(f"Weights of 8 bits are multiplied with up to {MAX_SKINNY_ROWS} rows of 16-bit values.")
 
 
 def _norm_apart(hidden_TE: Tensor, eps: float, config: SkinnyConfig, use_pdl: bool) -> tuple[Tensor, float | None]:

@@ -53,11 +53,13 @@ def near_top_keys(
     """Keys of the best outputs of each tile, best first, written to out_RJ, int64 [R, J].
 
     weight_VE, scale_V, bias_V, use_pdl: as for `skinny_product`. config: another cut than the default, for measurements; its
-    block_f must be TILE_LEN.
+    block_f must be TILE_LEN. Raises ValueError for another, or an out_RJ of another shape.
     """
     if config is None:
         config = _FEW_ROWS if len(x_RE) <= _FEW_ROWS.block_t else _MORE_ROWS
         config = fit_config(config, shared_memory_bytes(x_RE.device), keeps_outputs=True)
     if config.block_f != TILE_LEN:
         raise ValueError(f"A tile has {TILE_LEN} outputs, not {config.block_f}.")
+    if out_RJ.shape != (len(x_RE), num_keys(len(weight_VE))):
+        raise ValueError(f"out_RJ is {list(out_RJ.shape)} instead of {[len(x_RE), num_keys(len(weight_VE))]}.")
     return skinny_product(x_RE, weight_VE, config, out=out_RJ, epilogue="top", scale=scale_V, bias=bias_V, use_pdl=use_pdl)

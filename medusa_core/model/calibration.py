@@ -24,6 +24,8 @@ from medusa_core.errors import ConfigError, ModelLoadError
 from medusa_core.tree.topology import TreeTopology
 
 _FORMAT = 1
+# A sum of shares may exceed another share by so much, as each is rounded.
+_ROUNDING = 1e-4
 _FOLDER_FILE = "medusa_calibration.json"
 _FOLDER_HEADS = "medusa_lm_head"
 
@@ -90,7 +92,7 @@ def load_calibration(path: Path) -> Calibration:
         raise ModelLoadError(f"{path} is no calibration file ({error!r}).", hint="Delete it, or measure again.") from error
     if not is_known_format or not _is_valid(calibration):
         hint = (
-            "Each head needs shares between 0 and 1 that add up to at most 1, each node of the tree one that its parent's covers. "
+            "Each head needs shares between 0 and 1 that add up to at most 1, and a node's children to at most its own share. "
             "Delete it, or measure again."
         )
         raise ModelLoadError(f"{path} is no calibration of format {_FORMAT}.", hint=hint)
@@ -108,7 +110,9 @@ def _is_valid(calibration: Calibration) -> bool:
     parents = calibration.tree.parents[1:] if calibration.tree is not None else ()
     if len(nodes) != len(parents):
         return False
-    # of the root, and of the draft nodes
-    shares = (1.0, *nodes)
-    are_nodes_valid = all(0.0 <= share <= shares[parent] for share, parent in zip(nodes, parents, strict=True))
+    # of the root and of the draft nodes, what is left of each for further children
+    left = [1.0, *nodes]
+    for share, parent in zip(nodes, parents, strict=True):
+        left[parent] -= share
+    are_nodes_valid = all(share >= 0.0 for share in nodes) and all(share >= -_ROUNDING for share in left)
     return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid

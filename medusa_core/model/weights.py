@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medusa_core.errors import ModelLoadError
@@ -65,7 +66,10 @@ def write_tensor_file(tensors: Mapping[str, Tensor], path: Path, metadata: Mappi
     another.
     """
     partial = path.with_suffix(".partial")
-    partial.write_bytes(save(dict(tensors), metadata=dict(metadata)))
+    partial.touch()
+    mode = stat.S_IMODE(partial.stat().st_mode)
+    save_file(dict(tensors), partial, metadata=dict(metadata))
+    partial.chmod(mode)
     partial.replace(path)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from medusa_core.kernels.head_inputs import join_inputs
 from medusa_core.kernels.linear import MAX_SKINNY_ROWS, gated_product, linear_residual, split_counters
-from medusa_core.kernels.near_top import MIN_OUTPUTS, near_top_keys, num_keys, spread_order
+from medusa_core.kernels.near_top import MIN_OUTPUTS, TILE_KEYS, near_top_keys, num_keys, spread_order
 from medusa_core.kernels.support import can_overlap_launches
 from medusa_core.kernels.topk import candidates_of_keys
 from medusa_core.model.int8_linear import to_int8
@@ -47,7 +47,8 @@ def suits(heads: SequentialHeads, loaded: LoadedModel) -> bool:
 
 
 class KernelDrafter(SequentialDrafter):
-    """See the module. Levels of more rows than the kernels are made for are drafted the plain way.
+    """See the module. Levels of more rows than the kernels are made for, and trees that want more candidates of a node than there
+    are tiles, are drafted the plain way.
 
     Args:
         heads: that `suits` accepts.
@@ -70,7 +71,8 @@ class KernelDrafter(SequentialDrafter):
     def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
         num_lanes = hidden_BE.shape[0]
         level_sizes = [len(parent_n) for parent_n, _ in tree.inner_levels]
-        if num_lanes * max(level_sizes) > MAX_SKINNY_ROWS:
+        num_tiles = num_keys(len(self._token_map_V)) // TILE_KEYS
+        if num_lanes * max(level_sizes) > MAX_SKINNY_ROWS or tree.max_rank >= num_tiles:
             return super().__call__(hidden_BE, root_B, tree)
         use_pdl = self._use_pdl
         keys_LBJ = root_B.new_empty(sum(level_sizes), num_lanes, num_keys(len(self._token_map_V)))

@@ -52,9 +52,11 @@ def best_observed_tree(
     level_cost: float = 0.0,
 ) -> tuple[TreeTopology, tuple[float, ...]]:
     """The best tree of `num_nodes` nodes, root included, for observed paths: best node first, each prefix the best of its size.
+    Fewer nodes come back where the ranks listed allow no more.
 
     Heads that draft level by level take longer for a deeper tree. With a `level_cost` a level is opened where the tree has grown so
-    large that the level's nodes bring that much more than those they replace; right behind that, a prefix may not yet be the best.
+    large that the level's nodes bring that much more than those they replace, or has no other nodes left; right behind that, a
+    prefix may not yet be the best.
 
     A node is accepted as often as its parent is, times how often its rank is right where its parent is. Rarely seen parents say
     little about that, so the head's accuracy anywhere joins in, as if it had been seen at `prior_weight` positions more.
@@ -99,9 +101,10 @@ def best_observed_tree(
         values = [gain[min(size, len(gain) - 1)] - level_cost * levels for levels, gain in enumerate(gains, start=1)]
         # the fewest of equally good ones; a level that is open stays so
         num_levels = max(num_levels, 1 + max(range(len(values)), key=values.__getitem__))
-        missing = ((choice, accepted) for choice, accepted in by_levels[num_levels - 1] if choice not in chosen)
-        if (node := next(missing, None)) is not None:
-            chosen[node[0]] = node[1]
+        # where the open levels are used up, the next one has to open
+        while all(choice in chosen for choice, _ in by_levels[num_levels - 1]) and num_levels < len(by_levels):
+            num_levels += 1
+        chosen.update(itertools.islice((node for node in by_levels[num_levels - 1] if node[0] not in chosen), 1))
     return TreeTopology(tuple(chosen)), tuple(chosen.values())
 
 

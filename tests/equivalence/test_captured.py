@@ -1,9 +1,20 @@
 """Steps on kernels and fused layers, captured where there is a GPU: the same tokens as the eager twin and transformers."""
 
+import dataclasses
+
 import pytest
 import torch
+from torch.nn import functional
+from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.equivalence.models import ARCHITECTURES
+from medusa_core.engine.build import CalibratedHeads
+from medusa_core.model.loader import LoadedModel
+from medusa_core.model.sequential_heads import GatedBlock, HeadsShape, SequentialHeads
+from medusa_core.params import SamplingParams
+from medusa_core.speculation.kernel_drafter import suits
+from tests import options
+from tests.equivalence.driver import make_engine, run
+from tests.equivalence.models import ARCHITECTURES, MAX_MODEL_LEN, load_in_memory
 from tests.equivalence.test_greedy import check
 
 # Two lanes of small trees: the interpreter runs programs one by one.
@@ -36,3 +47,58 @@ def test_float32_products_are_ieee():
     exact = (a.double() @ b.double()).float()
     error = ((a.cuda() @ b.cuda()).cpu() - exact).norm() / exact.norm()
     assert error < 1e-6
+
+
+# Enough for heads that are drafted by kernels.
+_LARGE_VOCAB = 8320
+_WIDTH = 48
+
+
+def successor_model() -> tuple[LoadedModel, SequentialHeads]:
+    """A float16 model that follows each token with one that belongs to it, and sequential heads that know which one that is."""
+    torch.manual_seed(3)
+    config = LlamaConfig(
+        vocab_size=_LARGE_VOCAB,
+        hidden_size=_WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=MAX_MODEL_LEN,
+        initializer_range=0.02,
+        eos_token_id=0,
+    )
+    model = LlamaForCausalLM(config)
+    embedding_VE = torch.randn(_LARGE_VOCAB, _WIDTH)
+    model.get_input_embeddings().weight.data.copy_(embedding_VE)
+    model.get_output_embeddings().weight.data[torch.randperm(_LARGE_VOCAB)] = embedding_VE
+    loaded = load_in_memory(model.half())
+    loaded = dataclasses.replace(loaded, dtype=torch.float16, vocab_size=_LARGE_VOCAB, eos_token_ids=())
+
+    heads = SequentialHeads(
+        HeadsShape(num_heads=3, mlp_size=_WIDTH), hidden_size=_WIDTH, vocab_size=_LARGE_VOCAB, base_vocab_size=_LARGE_VOCAB
+    )
+    block = heads.blocks[0][0]
+    assert isinstance(block, GatedBlock)
+    # state + (embedding - state), both divided by their root mean square, as the state is already
+    gate_up_2IJ = torch.zeros(2 * _WIDTH, 2 * _WIDTH)
+    gate_up_2IJ[1::2] = torch.cat([-torch.eye(_WIDTH), torch.eye(_WIDTH)], dim=1)
+    block.get_parameter("gate_up.weight").data.copy_(gate_up_2IJ)
+    block.bias_SJ.data[:, ::2] = 1.0
+    block.get_parameter("down.weight").data.copy_(torch.eye(_WIDTH) / functional.silu(torch.tensor(1.0)))
+    return loaded, heads.requires_grad_(False).to(options.device, torch.float16)
+
+
+def test_sequential_heads_on_kernels_are_right_and_change_nothing():
+    loaded, heads = successor_model()
+    assert suits(heads, loaded)
+    requests = [([5, 9, 700 + number], SamplingParams(temperature=0.0, max_tokens=9)) for number in range(2)]
+    with_heads = {"tree_size": 8, "max_num_seqs": 2, "max_step_rows": 16, "max_step_tokens": 64}
+    plain = run(make_engine(loaded, None, mode="eager"), requests)
+    assert len(set(plain[0, 0].token_ids)) == 9
+    for mode in ("eager", "captured"):
+        outputs = run(make_engine(loaded, CalibratedHeads(heads), **with_heads, mode=mode), requests)
+        for key, output in outputs.items():
+            assert output.token_ids == plain[key].token_ids, mode
+            # the first token belongs to no step; then four and four
+            assert (output.num_accepted, output.num_draft_steps) == (6, 2), mode

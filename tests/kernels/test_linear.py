@@ -251,6 +251,15 @@ def int8_weight(num_outputs, num_inputs, dtype):
     return rounded, scale, rounded.float() * scale[:, None]
 
 
+def test_more_rows_than_weights_of_8_bits_take_are_refused(dtype):
+    weight, scale, _ = int8_weight(48, 2112, dtype)
+    x = randn(linear.MAX_SKINNY_ROWS + 1, 2112, dtype=dtype)
+    with pytest.raises(ValueError, match="up to 64 rows"):
+        linear.gated_product(x, weight, scale_2I=scale)
+    with pytest.raises(ValueError, match="up to 64 rows"):
+        linear.linear_residual(x, weight, x[:, :48].contiguous(), scale_E=scale)
+
+
 @pytest.mark.parametrize("num_rows", [1, 16, 17, 64])
 @pytest.mark.parametrize(("num_inputs", "num_outputs"), SIZES)
 @pytest.mark.parametrize("config", [None, LOOPED], ids=["default", "looped"])

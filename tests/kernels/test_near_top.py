@@ -43,6 +43,12 @@ def test_every_tile_keeps_its_best(num_rows, num_outputs, is_int8, has_bias):
         assert torch.equal(candidates_of_keys(tile.contiguous(), TILE_KEYS), expected[:, :TILE_KEYS])
 
 
+def test_keys_of_another_shape_are_refused():
+    x, weight = torch.zeros(2, 48, dtype=torch.float16), torch.zeros(300, 48, dtype=torch.float16)
+    with pytest.raises(ValueError, match=r"instead of \[2, 6\]"):
+        near_top_keys(x, weight, out_RJ=torch.zeros(2, 3, dtype=torch.int64))
+
+
 def test_candidates_are_nearly_the_best():
     generator = torch.Generator().manual_seed(0)
     num_outputs, num_candidates = 8192, 10

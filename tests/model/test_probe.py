@@ -110,6 +110,8 @@ def test_calibrations_are_found_beside_a_file_and_in_a_folder(tmp_path: Path) ->
         _calibration(tree=[[0]]), _calibration(tree=[[0]], node_acceptance=[]), _calibration(tree=[[0, 0]], node_acceptance=[0.5]),
         _calibration(tree=[[0], [0, 0]], node_acceptance=[0.2, 0.5]), _calibration(tree=[[0]], node_acceptance=[1.5]),
         _calibration(tree=[[0], [0, 0], [0, 0, 0]], node_acceptance=[0.5, 0.2, 0.1]),
+        _calibration(tree=[[0], [1]], node_acceptance=[0.6, 0.5]),
+        _calibration(tree=[[0], [0, 0], [0, 1]], node_acceptance=[0.6, 0.4, 0.3]),
     ],
 )  # fmt: skip
 def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:

@@ -87,6 +87,26 @@ def test_levels_of_many_rows_are_drafted_the_plain_way():
     assert torch.equal(*lists)
 
 
+@torch.inference_mode()
+def test_likely_tokens_of_neighbouring_ids_are_all_found():
+    heads, loaded = parts(HeadsShape(num_heads=3), has_map=False, has_bias=True)
+    loaded.project.linear.bias[100:110] = torch.linspace(1000.0, 2000.0, 10)
+    tree = DeviceTree.create(TreeTopology(tuple((rank,) for rank in range(10))), torch.device(options.device))
+    hidden, root = torch.randn(2, E).to(options.device, DTYPE), torch.tensor([3, 4], device=options.device)
+    drafted = draft_tree(KernelDrafter(heads, loaded), hidden, root, tree)[:, 1:]
+    assert drafted.tolist() == [list(range(109, 99, -1))] * 2
+
+
+@pytest.mark.parametrize("choices", [((0,), (140,)), ((0,), (140,), (140, 0))])
+@torch.inference_mode()
+def test_ranks_beyond_the_tiles_are_drafted_the_plain_way(choices):
+    heads, loaded = parts(HeadsShape(num_heads=3))
+    tree = DeviceTree.create(TreeTopology.from_choices(choices), torch.device(options.device))
+    hidden, root = torch.randn(2, E).to(options.device, DTYPE), torch.randint(U, (2,)).to(options.device)
+    lists = [drafter(hidden, root, tree) for drafter in (KernelDrafter(heads, loaded), SequentialDrafter(heads, loaded))]
+    assert torch.equal(*lists)
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -101,6 +121,12 @@ def test_other_heads_are_left_to_the_plain_way(shape):
     heads, loaded = parts(shape)
     assert not suits(heads, loaded)
     assert type(make_drafter(heads, loaded, has_kernels=True)) is SequentialDrafter
+
+
+def test_float32_is_left_to_the_plain_way():
+    heads, loaded = parts(HeadsShape(num_heads=3))
+    heads.float()
+    assert not suits(heads, loaded)
 
 
 def test_a_small_vocabulary_is_left_to_the_plain_way():

@@ -161,6 +161,20 @@ def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, n
     assert tokens_per_step(tree, measured) == pytest.approx(calibration.num_tokens / num_steps, rel=0.1)
 
 
+def test_levels_cost_where_they_are_drafted_one_after_the_other(folder, answers, heads_file, sequential_file):
+    loaded = load_model(config(folder).model, progress=False)
+
+    def calibrated_for(path, level_cost):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("medusa_core.training.measure._LEVEL_COST", level_cost)
+            heads = load_heads(path, loaded)
+            return calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)[0].tree
+
+    assert calibrated_for(heads_file, 10.0) == calibrated_for(heads_file, 0.0)
+    assert calibrated_for(sequential_file, 10.0).choices[:CANDIDATES] == tuple((rank,) for rank in range(CANDIDATES))
+    assert calibrated_for(sequential_file, 0.0).prefix(CANDIDATES + 1).max_depth > 1
+
+
 def test_a_calibration_is_worth_what_it_says(folder, answers, heads_file):
     loaded = load_model(config(folder).model, progress=False)
     calibration, measured = calibrate(load_heads(heads_file, loaded), loaded, answers, source="a test", num_candidates=CANDIDATES)

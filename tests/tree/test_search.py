@@ -146,9 +146,9 @@ def test_levels_that_cost_are_opened_where_they_pay():
     assert sorted(costly.choices) == sorted(free.choices)
     shares = dict(zip(costly.choices, acceptance, strict=True))
     assert all(share <= shares.get(choice[:-1], 1.0) for choice, share in shares.items())
+    # a level that never pays is opened when the others are used up
     never, _ = best_observed_tree(paths, accuracy, 9, level_cost=2.0)
-    assert never.max_depth == 1
-    assert never.num_nodes == 4
+    assert [len(choice) for choice in never.choices] == [1, 1, 1, 2, 2, 2, 2, 2]
 
 
 # sizes that are not just behind the opening of a level, where a prefix may lag
@@ -161,6 +161,15 @@ def test_no_tree_of_the_same_size_is_better_after_what_levels_cost(num_nodes, le
 
     found, _ = best_observed_tree(paths, marginals(paths, 2, 3), num_nodes, prior_weight=0.0, level_cost=level_cost)
     assert worth(found) == pytest.approx(max(worth(other) for other in all_trees(num_nodes - 1, 2, 3)))
+
+
+@pytest.mark.parametrize("level_cost", [0.0, 0.03, 0.07, 0.5])
+@pytest.mark.parametrize("best", [0.1, 0.3, 0.7])
+def test_a_tree_has_all_the_nodes_that_are_asked_for(level_cost, best):
+    ranks = [0.2 * best / (1 + rank) for rank in range(9)]
+    accuracy = [[best, *ranks], *([0.5 * best, *ranks],) * 4]
+    tree, acceptance = best_observed_tree([()], accuracy, 64, prior_weight=1e6, level_cost=level_cost)
+    assert tree.num_nodes == 64 == len(acceptance) + 1
 
 
 def test_a_parent_seen_once_says_little_about_its_children():
