@@ -7,6 +7,11 @@ from dataclasses import dataclass
 
 from medusa_core.errors import InvalidParameterError
 
+# Of the API.
+_MAX_BIAS = 100.0
+# Far beyond any use; keeps products of logits finite.
+_MAX_REPETITION_PENALTY = 100.0
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingParams:
@@ -14,6 +19,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_p in (0, 1], top_k 0 = off, min_p in [0, 1]. Filters apply in the order temperature, top_k,
         top_p, min_p; ties at a threshold are kept.
+    presence_penalty, frequency_penalty in [-2, 2], over the output; repetition_penalty above 0, over prompt and output, 1 = off.
+    logit_bias: (token id, value in [-100, 100]) pairs, added to the logits. See sampling/penalties.py for formulas and their order.
     seed: 64-bit; None draws fresh random bits for each choice.
     max_tokens: most tokens to emit; None = as many as fit in the context.
     min_tokens: tokens emitted before EOS or a stop token id may be drawn.
@@ -26,6 +33,10 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
     seed: int | None = None
     max_tokens: int | None = None
     min_tokens: int = 0
@@ -39,6 +50,17 @@ class SamplingParams:
         self._check("top_p", 0.0 < self.top_p <= 1.0, "greater than 0 and at most 1")
         self._check("top_k", self.top_k >= 0, "0 (off) or a positive integer")
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, -2.0 <= getattr(self, name) <= 2.0, "between -2 and 2")
+        self._check(
+            "repetition_penalty", 0.0 < self.repetition_penalty <= _MAX_REPETITION_PENALTY, "greater than 0 and at most 100"
+        )
+        for token_id, value in self.logit_bias:
+            # NaN fails the comparison
+            if not -_MAX_BIAS <= value <= _MAX_BIAS:
+                raise InvalidParameterError(
+                    f"logit_bias of token {token_id} must be between -100 and 100, got {value}.", param="logit_bias"
+                )
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
         self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
         self._check("min_tokens", self.min_tokens >= 0, "at least 0")
@@ -51,6 +73,12 @@ class SamplingParams:
         # Comparisons with NaN are False, so NaN never passes; infinities fail the range checks.
         if not is_valid or (isinstance(value, float) and not math.isfinite(value)):
             raise InvalidParameterError(f"{field} must be {expected}, got {value}.", param=field)
+
+    @property
+    def has_penalties(self) -> bool:
+        """Whether anything changes the logits of single tokens."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
+        return bool(self.logit_bias) or any(penalties)
 
     @property
     def is_greedy(self) -> bool:

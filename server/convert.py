@@ -169,7 +169,12 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) ->
         if not 0 <= token_id < info.vocab_size:
             message = f"stop_token_ids: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
             raise InvalidParameterError(message, param="stop_token_ids")
-    names = ("temperature", "top_p", "top_k", "min_p", "seed", "min_tokens", "ignore_eos", "n")
+    for token_id in body.logit_bias:
+        if token_id >= info.vocab_size:
+            message = f"logit_bias: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
+            raise InvalidParameterError(message, param="logit_bias")
+    penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
+    names = ("temperature", "top_p", "top_k", "min_p", *penalties, "seed", "min_tokens", "ignore_eos", "n")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}
     # Other servers write "off" as -1.
     if given.get("top_k") == -1:
@@ -178,5 +183,6 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) ->
         **given,
         max_tokens=max_tokens,
         stop_token_ids=tuple(stop_token_ids),
+        logit_bias=tuple(body.logit_bias.items()),
         is_speculation_enabled=body.speculative is None or body.speculative.enabled,
     )

@@ -103,6 +103,8 @@ def _walk_kernel(
     spare_slot,
     hidden,
     lane_hidden,
+    count,
+    vocab_size,
     result,
     source,
     target,
@@ -145,6 +147,8 @@ def _walk_kernel(
         length += is_open
         keeps = is_open * is_kept * (level < room).to(tl.int64)
         tl.store(tokens + lane * tokens_stride + known + level, x, mask=keeps > 0)
+        # a path may hold a token more than once
+        tl.atomic_add(count + lane * vocab_size + x, 1, mask=keeps > 0)
         # The K/V of an accepted node moves from its place in the tree to its place in the path.
         has_move = (keeps > 0) & (current != level)
         source_slot = _slot(block_table, lane, known - 1 + current, block_size, table_width, spare_slot, has_move)
@@ -302,6 +306,7 @@ def walk_trees(
     stop_ids_PW: Tensor,
     tokens_PL: Tensor,
     hidden_PE: Tensor,
+    count_PV: Tensor,
     block_table_PX: Tensor,
     block_size: int,
     spare_slot: int,
@@ -310,9 +315,10 @@ def walk_trees(
 ) -> tuple[Tensor, Tensor]:
     """Walk each lane's tree along `drawn_T`, the token the model drew at every node, and update the lane.
 
-    Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from) of the lanes in
-    lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1 beyond its end), then how many were drawn, how
-    many kept, and the finish code of speculation/verify.py. A lane that had finished keeps nothing.
+    Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from) and count_PV (how
+    often each token was kept, int32) of the lanes in lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1
+    beyond its end), then how many were drawn, how many kept, and the finish code of speculation/verify.py. A lane that had finished
+    keeps nothing.
 
     Returns:
         source_BL, target_BL int64: slots whose K/V must move, -1 where nothing moves.
@@ -336,6 +342,8 @@ def walk_trees(
         spare_slot,
         hidden_TE,
         hidden_PE,
+        count_PV,
+        count_PV.shape[1],
         result_BR,
         source_BL,
         target_BL,

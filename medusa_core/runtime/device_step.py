@@ -19,6 +19,7 @@ from torch import Tensor
 from medusa_core.attention.kernel_context import BlockTables, chunk_context, tree_context
 from medusa_core.kernels.attention import SplitWorkspace
 from medusa_core.kernels.kv_cache import commit_path
+from medusa_core.kernels.penalties import penalize_nodes
 from medusa_core.kernels.sampling import draw_rows
 from medusa_core.kernels.topk import argmax_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, gather_roots, pack_trees, walk_trees
@@ -44,15 +45,31 @@ class StepParts:
     tile_rows: int
     use_pdl: bool
 
-    def draw(self, hidden_TE: Tensor, lane_T: Tensor, index_T: Tensor, *, is_greedy: bool) -> Tensor:
-        """The token the model draws at each row, int64 [T]. A draw depends on the row's logits and its index alone, so all nodes of
-        a tree can be drawn for at once."""
+    def draw(
+        self, hidden_TE: Tensor, lane_T: Tensor, token_T: Tensor, index_T: Tensor, parent_N: Tensor, *, is_greedy: bool
+    ) -> Tensor:
+        """The token the model draws at each row, int64 [T]. A draw depends on the row's logits, its index and the path to it, so
+        all nodes of a tree can be drawn for at once."""
         if is_greedy and self.model.best_token is not None:
             return self.model.best_token(hidden_TE)
         logits_TV = self.model.project(hidden_TE)
         if is_greedy:
             return argmax_rows(logits_TV)
-        lanes = self.lanes
+        lanes, penalties = self.lanes, self.lanes.penalties
+        penalize_nodes(
+            logits_TV,
+            lane_R=lane_T,
+            token_R=token_T,
+            parent_N=parent_N,
+            has_penalties_P=lanes.has_penalties_P,
+            repetition_P=lanes.repetition_P,
+            frequency_P=lanes.frequency_P,
+            presence_P=lanes.presence_P,
+            count_PV=penalties.count_PV,
+            is_prompt_PV=penalties.is_prompt_PV,
+            bias_PV=penalties.bias_PV,
+            use_pdl=self.use_pdl,
+        )
         return draw_rows(
             logits_TV,
             lane_R=lane_T,
@@ -84,6 +101,7 @@ class StepParts:
             stop_ids_PW=lanes.stop_ids_PW,
             tokens_PL=lanes.tokens_PL,
             hidden_PE=lanes.hidden_PE,
+            count_PV=lanes.penalties.count_PV,
             block_table_PX=self.tables.table_PX,
             block_size=self.tables.block_size,
             spare_slot=self.tables.spare_slot,
@@ -137,7 +155,7 @@ class DecodeStep:
             use_pdl=parts.use_pdl,
         )
         hidden_TE = parts.model.forward(token_T, position_T, context)
-        drawn_T = parts.draw(hidden_TE, lane_T, index_T, is_greedy=self._is_greedy)
+        drawn_T = parts.draw(hidden_TE, lane_T, token_T, index_T, tree.parent_N, is_greedy=self._is_greedy)
         source_BL, target_BL = parts.walk(self.lane_B, drawn_T, token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
@@ -213,5 +231,6 @@ class PrefillStep:
         hidden_TE = parts.model.forward(lanes.tokens_PL[lane_T, position_T], position_T, context)
         hidden_CE = hidden_TE[draw_row_C]
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
-        drawn_C = parts.draw(hidden_CE, draw_lane_C, index_C, is_greedy=self._is_greedy)
+        # a tree of one node has no drafts on the way, so its token does not matter
+        drawn_C = parts.draw(hidden_CE, draw_lane_C, draw_row_C, index_C, self._root.parent_N, is_greedy=self._is_greedy)
         parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from medusa_core.params import SamplingParams
 from medusa_core.plan import BlockAppend, LaneJoin, StepPlan
+from medusa_core.runtime.penalty_state import PenaltyState
+from medusa_core.sampling.penalties import PenaltyRows
 from medusa_core.sampling.sampler import SamplingRows
 
 # Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
-_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished")
-_FLOATS = ("temperature", "top_p", "min_p")
+_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished", "has_penalties")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 _ENDLESS = 2**31
 
 
@@ -38,6 +40,7 @@ class HostLane:
 class LaneState:
     """All lanes of a runner.
 
+    vocab_size: width of the logits. penalties: what changes them, lane by lane.
     null_lane: a lane that is finished, knows one token and owns no block: it fills steps up to a captured size.
     max_stop_ids: most EOS and stop ids a request may bring.
     """
@@ -51,6 +54,7 @@ class LaneState:
         hidden_dtype: torch.dtype,
         device: torch.device,
         *,
+        vocab_size: int,
         max_stop_ids: int,
     ) -> None:
         num_rows = num_lanes + 1
@@ -70,10 +74,18 @@ class LaneState:
         self.stop_ids_PW = integers(num_rows, max(max_stop_ids, 1), fill=-1)
         self._integers = integers(len(_INTEGERS), num_rows)
         self._floats = torch.zeros(len(_FLOATS), num_rows, dtype=torch.float32, device=device)
-        self.num_known_P, self.num_prompt_P, self.max_total_P, self.key_P, self.top_k_P, self.min_tokens_P, self.is_finished_P = (
-            self._integers
-        )
-        self.temperature_P, self.top_p_P, self.min_p_P = self._floats
+        (
+            self.num_known_P,
+            self.num_prompt_P,
+            self.max_total_P,
+            self.key_P,
+            self.top_k_P,
+            self.min_tokens_P,
+            self.is_finished_P,
+            self.has_penalties_P,
+        ) = self._integers
+        self.temperature_P, self.top_p_P, self.min_p_P, self.repetition_P, self.frequency_P, self.presence_P = self._floats
+        self.penalties = PenaltyState(num_lanes, vocab_size, device)
         self.num_known_P[self.null_lane] = 1
         self.num_prompt_P[self.null_lane] = 1
         self.is_finished_P[self.null_lane] = 1
@@ -97,8 +109,11 @@ class LaneState:
             self.block_table_PX[lane_n, column_n] = block_n
 
     def is_all_greedy(self, lanes: Sequence[int]) -> bool:
-        """True if no lane draws with noise or must hold back a stop id: then the arg max of the logits is the token."""
-        return all(params.is_greedy and params.min_tokens == 0 for params in (self.host[lane].params for lane in lanes))
+        """True if no lane draws with noise, must hold back a stop id or changes logits: then their arg max is the token."""
+        return all(
+            params.is_greedy and params.min_tokens == 0 and not params.has_penalties
+            for params in (self.host[lane].params for lane in lanes)
+        )
 
     def block_table(self, lanes: Sequence[int], index_B: Tensor) -> Tensor:
         """int64 [B, X], as narrow as the lanes allow. `index_B` is `index(lanes)`, made once per step."""
@@ -120,6 +135,19 @@ class LaneState:
             has_top_p=any(p.top_p < 1.0 for p in params),
             has_min_p=any(p.min_p > 0.0 for p in params),
             has_min_tokens=any(p.min_tokens > 0 for p in params),
+            penalties=self._penalty_rows(index_B) if any(p.has_penalties for p in params) else None,
+        )
+
+    def _penalty_rows(self, index_B: Tensor) -> PenaltyRows:
+        """Counts as a copy that can be counted on. Lanes without penalties have neutral parameters, but any bias."""
+        is_on_B1 = self.has_penalties_P[index_B].unsqueeze(1) > 0
+        return PenaltyRows(
+            repetition_R=self.repetition_P[index_B],
+            frequency_R=self.frequency_P[index_B],
+            presence_R=self.presence_P[index_B],
+            count_RV=self.penalties.count_PV[index_B],
+            is_prompt_RV=self.penalties.is_prompt_PV[index_B],
+            bias_RV=torch.where(is_on_B1, self.penalties.bias_PV[index_B], 0.0),
         )
 
     def index(self, lanes: Sequence[int]) -> Tensor:
@@ -144,9 +172,10 @@ class LaneState:
             key = join.noise_key - 2**64 if join.noise_key >= 2**63 else join.noise_key
             # Larger than any vocabulary or context is as good as endless, and fits the tensor.
             top_k, min_tokens = min(params.top_k, _ENDLESS), min(params.min_tokens, _ENDLESS)
-            numbers = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens, key, top_k, min_tokens, 0)
-            integers[:, number] = numbers
-            floats[:, number] = (params.temperature, params.top_p, params.min_p)
+            known = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens)
+            integers[:, number] = (*known, key, top_k, min_tokens, 0, int(params.has_penalties))
+            penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
+            floats[:, number] = (params.temperature, params.top_p, params.min_p, *penalties)
             stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
             stop_ids_JW[number, : len(stop_ids)] = stop_ids
         lane_J = self.index([join.lane for join in joins])
@@ -159,3 +188,6 @@ class LaneState:
         token_n = np.concatenate([np.array(join.token_ids, dtype=np.int64) for join in joins])
         lane_n, column_n, token_n = self.upload(np.stack([lane_n, column_n, token_n]))
         self.tokens_PL[lane_n, column_n] = token_n
+        for join in joins:
+            if join.params.has_penalties:
+                self.penalties.join(join)

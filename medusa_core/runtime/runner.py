@@ -179,6 +179,7 @@ class ModelRunner:
         level_L = torch.arange(walk.token_ids_BL.shape[1], device=known_B.device)
         column_BL = torch.where(level_L < kept_B.unsqueeze(1), known_B.unsqueeze(1) + level_L, state.tokens_PL.shape[1] - 1)
         state.tokens_PL[index_B.unsqueeze(1), column_BL] = walk.token_ids_BL
+        state.penalties.count(index_B, walk.token_ids_BL, kept_B)
         # The new root was drawn at the last kept level's node; a finished lane keeps nothing and is never drafted for again.
         node_B = walk.node_BL.gather(1, (kept_B - 1).clamp(min=0).unsqueeze(1)).squeeze(1)
         state.hidden_PE[index_B] = hidden_BNE[torch.arange(len(lanes), device=node_B.device), node_B]

@@ -1,4 +1,4 @@
-"""From logits to tokens, row by row: banned ids, temperature, top-k, top-p, min-p, position-keyed noise.
+"""From logits to tokens, row by row: penalties and biases, banned ids, temperature, top-k, top-p, min-p, position-keyed noise.
 
 Every row is processed as if it were alone, so a token never depends on what it was batched with.
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medusa_core.sampling.noise import gumbel
+from medusa_core.sampling.penalties import PenaltyRows, penalize
 
 # Top-p looks at this many candidates first; only rows whose nucleus is wider are sorted in full.
 _NUCLEUS_CANDIDATES = 512
@@ -26,6 +27,7 @@ class SamplingRows:
     """Parameters of R rows as tensors, and what the host knows about all of them so that unused filters cost nothing.
 
     temperature_R (0 = greedy), top_p_R, min_p_R: float32. top_k_R (0 = off), min_tokens_R, key_R: int64. stop_ids_RW: int64.
+    penalties: None where no row has any.
     is_all_greedy, has_top_k, has_top_p, has_min_p, has_min_tokens: whether any row needs the step; may be True needlessly.
     """
 
@@ -41,13 +43,15 @@ class SamplingRows:
     has_top_p: bool
     has_min_p: bool
     has_min_tokens: bool
+    penalties: PenaltyRows | None = None
 
     def take(self, rows_r: Tensor) -> SamplingRows:
         """The same parameters for a selection of rows."""
         tensors = {
             f.name: getattr(self, f.name)[rows_r] for f in dataclasses.fields(self) if isinstance(getattr(self, f.name), Tensor)
         }
-        return dataclasses.replace(self, **tensors)
+        penalties = None if self.penalties is None else self.penalties.take(rows_r)
+        return dataclasses.replace(self, **tensors, penalties=penalties)
 
 
 def draw(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:
@@ -57,6 +61,8 @@ def draw(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:
         logits_RV: float32; not modified.
         index_R: int64, index of the token drawn in its output (0 = first after the prompt).
     """
+    if rows.penalties is not None:
+        logits_RV = penalize(logits_RV, rows.penalties)
     if rows.has_min_tokens:
         logits_RV = ban_stop_ids(logits_RV, rows, index_R)
     if rows.is_all_greedy:

@@ -41,13 +41,14 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
     Args:
         logits_BNV: float32, the model's logits at each node.
         tokens_BN: token of each node, as drafted.
-        rows: sampling parameters, one row per lane.
+        rows: sampling parameters, one row per lane; penalties count the tokens drawn.
         index_B: index of the first token drawn (0 = first after the prompt).
     """
     num_lanes = logits_BNV.shape[0]
     device = logits_BNV.device
-    # Without noise or per-index bans a draw does not depend on how the node was reached: one pass over all nodes.
-    argmax_BN = logits_BNV.argmax(dim=-1) if rows.is_all_greedy and not rows.has_min_tokens else None
+    # Without noise, per-index bans or penalties a draw does not depend on how the node was reached: one pass over all nodes.
+    is_pathless = rows.is_all_greedy and not rows.has_min_tokens and rows.penalties is None
+    argmax_BN = logits_BNV.argmax(dim=-1) if is_pathless else None
     token_ids_BL = torch.full((num_lanes, tree.max_depth + 1), -1, dtype=torch.int64, device=device)
     node_BL = torch.zeros_like(token_ids_BL)
     node_B = torch.zeros(num_lanes, dtype=torch.int64, device=device)
@@ -58,6 +59,8 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
             drawn_r = argmax_BN[open_r, node_B[open_r]]
         else:
             drawn_r = draw(logits_BNV[open_r, node_B[open_r]], rows.take(open_r), index_B[open_r] + level)
+        if rows.penalties is not None:
+            rows.penalties.count(open_r, drawn_r)
         drawn_B = torch.full_like(node_B, -1)
         drawn_B[open_r] = drawn_r
         token_ids_BL[:, level] = torch.where(is_open_B, drawn_B, -1)

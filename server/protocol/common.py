@@ -15,6 +15,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from pydantic_core import PydanticCustomError
 
 MAX_STOP_STRINGS = 4
+# Longer than any token id, short enough to be an int32.
+_MAX_ID_DIGITS = 9
 
 # Wider integers would not fit the messages to the engine.
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
@@ -55,6 +57,26 @@ def _as_stop_list(value: object) -> object:
 StopStrings = Annotated[list[str], BeforeValidator(_as_stop_list)]
 
 
+def _as_logit_bias(value: object) -> object:
+    """Token ids are strings, as keys of JSON objects are. Whether the model has them is checked where it is known."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise invalid("Input should be an object from token ids to numbers")
+    biases = {}
+    for key, bias in value.items():
+        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
+            raise invalid(f"Keys should be token ids such as '42', not {key[:_MAX_ID_DIGITS]!r}")
+        # NaN fails the comparison, and integers of any length can be compared
+        if isinstance(bias, bool) or not (isinstance(bias, int | float) and -100 <= bias <= 100):
+            raise invalid(f"The bias of token {key} should be a number between -100 and 100")
+        biases[int(key)] = float(bias)
+    return biases
+
+
+LogitBias = Annotated[dict[int, float], BeforeValidator(_as_logit_bias)]
+
+
 class Body(BaseModel):
     """A JSON object from a client."""
 
@@ -85,6 +107,9 @@ class GenerationBody(Body):
     stream_options: StreamOptions | None = None
     stop: StopStrings = []
     seed: Int64 | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    logit_bias: LogitBias = {}
     user: str | None = None
 
     # Extensions that other servers have too, under the same names.
@@ -96,12 +121,9 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     priority: Int32 | None = None
+    repetition_penalty: float | None = None
     speculative: Speculative | None = None
 
-    presence_penalty: Annotated[Any, only(None, 0)] = None
-    frequency_penalty: Annotated[Any, only(None, 0)] = None
-    repetition_penalty: Annotated[Any, only(None, 1)] = None
-    logit_bias: Annotated[Any, only(None, {})] = None
     prompt_logprobs: Annotated[Any, only(None)] = None
 
     @property

@@ -41,7 +41,8 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     (COMPLETIONS, {"seed": 2**64}, 400, "invalid_value", "seed"),
     (COMPLETIONS, {"stop": list("abcde")}, 400, "invalid_value", "stop"),
     (COMPLETIONS, {"temprature": 1}, 400, "unknown_parameter", "temprature"),
-    (COMPLETIONS, {"logit_bias": {"5": 1}}, 400, "unsupported_parameter", "logit_bias"),
+    (COMPLETIONS, {"logit_bias": {"x": 1}}, 400, "invalid_value", "logit_bias"),
+    (COMPLETIONS, {"echo": True}, 400, "unsupported_parameter", "echo"),
     (CHAT, {"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
 ]
 WRONG_BODIES = {

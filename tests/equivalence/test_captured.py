@@ -14,7 +14,7 @@ from medusa_core.params import SamplingParams
 from medusa_core.speculation.kernel_drafter import suits
 from tests import options
 from tests.equivalence.driver import make_engine, run
-from tests.equivalence.models import ARCHITECTURES, MAX_MODEL_LEN, load_in_memory
+from tests.equivalence.models import ARCHITECTURES, MAX_MODEL_LEN, load_in_memory, oracle_heads, tiny_model
 from tests.equivalence.test_greedy import check
 
 # Two lanes of small trees: the interpreter runs programs one by one.
@@ -25,6 +25,26 @@ _SMALL = {"mode": "captured", "max_num_seqs": 2, "max_step_rows": 16, "tree_size
 def test_the_kernels_give_the_tokens_of_transformers(architecture):
     """Fused layers; windows and soft caps; sinks."""
     check(architecture, **_SMALL, prompt_numbers=(0, 2), max_tokens=6)
+
+
+def test_penalties_on_kernels_count_along_the_path():
+    params = [
+        SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=2.0, repetition_penalty=20.0),
+        SamplingParams(temperature=1.0, seed=5, max_tokens=12, presence_penalty=1.5, logit_bias=((7, 5.0), (9, -100.0))),
+        # negative: tokens are repeated, so that a path of the tree holds some more than once
+        SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=-2.0),
+        SamplingParams(temperature=0.0, max_tokens=12),
+    ]
+    requests = [([5, 21 + number, 33], params) for number, params in enumerate(params)]
+    loaded = tiny_model("llama")
+    plain = run(make_engine(loaded, None, mode="eager"), requests)
+    heads = oracle_heads(loaded, [prompt + plain[number, 0].token_ids for number, (prompt, _) in enumerate(requests)])
+    outputs = run(make_engine(loaded, heads, **_SMALL), requests)
+    assert {key: output.token_ids for key, output in outputs.items()} == {key: output.token_ids for key, output in plain.items()}
+    assert all(output.num_accepted > 0 for output in outputs.values())
+    # the penalties do something
+    without = run(make_engine(loaded, None, mode="eager"), [(prompt, params[3]) for prompt, _ in requests])
+    assert [plain[number, 0].token_ids == without[number, 0].token_ids for number in range(4)] == [False, False, False, True]
 
 
 @pytest.mark.long

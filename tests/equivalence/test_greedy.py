@@ -83,6 +83,25 @@ def test_every_architecture_with_a_tree(architecture, steps_in_flight):
     check(architecture, max_steps_in_flight=steps_in_flight)
 
 
+@pytest.mark.parametrize("penalty", [0.7, 1.5])
+def test_the_repetition_penalty_is_that_of_transformers(penalty):
+    loaded = tiny_model("qwen2")
+    prompts = make_prompts()
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device=loaded.device)
+        generated = loaded.model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, repetition_penalty=penalty
+        )
+        expected.append(generated[0, len(prompt) :].tolist())
+    heads = oracle_heads(loaded, [p + e for p, e in zip(prompts, expected, strict=True)])
+    params = SamplingParams(temperature=0.0, max_tokens=20, repetition_penalty=penalty)
+    outputs = run(make_engine(loaded, heads), [(prompt, params) for prompt in prompts])
+    assert [outputs[number, 0].token_ids for number in range(len(prompts))] == expected
+    assert sum(output.num_accepted for output in outputs.values()) > 20
+    assert expected != [tokens[:20] for tokens in cached_reference("qwen2")]
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_without_speculation(architecture):
     check(architecture, tree_size=1, needs_acceptance=False)

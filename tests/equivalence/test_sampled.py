@@ -22,6 +22,12 @@ PARAMETERS = {
     "ignore_eos": SamplingParams(temperature=1.0, seed=8, max_tokens=80, ignore_eos=True, top_k=30),
     "negative seed": SamplingParams(temperature=1.0, seed=-(2**63), max_tokens=20),
     "one token": SamplingParams(temperature=1.0, seed=9, max_tokens=1),
+    "penalties": SamplingParams(temperature=0.7, seed=12, max_tokens=40, presence_penalty=0.8, frequency_penalty=1.5),
+    "negative penalties": SamplingParams(temperature=1.0, seed=13, max_tokens=40, presence_penalty=-1.5, frequency_penalty=-0.5),
+    "repetition": SamplingParams(temperature=0.9, seed=14, max_tokens=40, repetition_penalty=1.4, top_p=0.9),
+    "greedy penalties": SamplingParams(temperature=0.0, max_tokens=40, frequency_penalty=2.0, repetition_penalty=1.1),
+    "bias": SamplingParams(temperature=1.0, seed=15, max_tokens=40, logit_bias=((7, 6.0), (9, -100.0), (30, 3.5))),
+    "greedy bias": SamplingParams(temperature=0.0, max_tokens=40, logit_bias=((11, 4.0), (12, -100.0)), presence_penalty=0.3),
     "n": SamplingParams(temperature=1.0, seed=10, max_tokens=20, n=3),
     "speculation off for one": SamplingParams(temperature=1.0, seed=11, max_tokens=20, is_speculation_enabled=False),
 }

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from medusa_core.kernels.tree_step import gather_roots, pack_trees, walk_trees
+from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.sampler import SamplingRows
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import draft_tree
@@ -134,6 +135,8 @@ def test_walk_cut_and_lane_state(name, seed):
         if kept:
             expected_hidden[lane] = hidden_BNE[row, walk.node_BL[row, kept - 1]]
 
+    counted, expected_counts = (PenaltyState(NUM_LANES - 1, VOCAB, torch.device(options.device)) for _ in range(2))
+    expected_counts.count(lane_B, walk.token_ids_BL, kept_B)
     result = torch.full((num_lanes, num_levels + 3), -9, device=options.device)
     source, target = walk_trees(
         lane_B,
@@ -148,6 +151,7 @@ def test_walk_cut_and_lane_state(name, seed):
         stop_ids_PW=state.stop_ids,
         tokens_PL=state.tokens,
         hidden_PE=state.hidden,
+        count_PV=counted.count_PV,
         block_table_PX=state.table,
         block_size=BLOCK_SIZE,
         spare_slot=SPARE,
@@ -157,6 +161,8 @@ def test_walk_cut_and_lane_state(name, seed):
     assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B], dim=1))
     assert torch.equal(state.tokens, expected_tokens)
     assert torch.equal(state.hidden, expected_hidden)
+    assert torch.equal(counted.count_PV, expected_counts.count_PV)
+    assert int(counted.count_PV.sum()) == int(kept_B.sum())
     assert torch.equal(state.known[lane_B], known_B + kept_B)
     assert torch.equal(state.finished[lane_B] > 0, (code_B > 0) | (lane_B == 3))
     level_L = torch.arange(num_levels, device=options.device)

@@ -16,7 +16,7 @@ from medusa_core.runtime.profile import measure_row_costs, measure_tree_overhead
 from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
-from tests.equivalence.models import tiny_model
+from tests.equivalence.models import VOCAB_SIZE, tiny_model
 
 
 class ConstantDrafter:
@@ -59,7 +59,7 @@ def test_row_costs_leave_the_cache_alone(model: DeviceModel):
 def test_tree_overhead_by_lanes_leaves_the_lanes_free(model: DeviceModel):
     topology = TreeTopology.chain(2)
     store = KVStore(probe_layer_shapes(tiny_model("llama").model), 8, 8, torch.float32, model.device)
-    lanes = LaneState(4, 256, 8, 48, torch.float32, model.device, max_stop_ids=8)
+    lanes = LaneState(4, 256, 8, 48, torch.float32, model.device, vocab_size=VOCAB_SIZE, max_stop_ids=8)
     runner = ModelRunner(model=model, topology=topology, kv_store=store, lanes=lanes, attention=TorchAttention())
     num_blocks = -(-overhead_slots(topology) // 8)
     overhead = measure_tree_overhead(

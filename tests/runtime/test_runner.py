@@ -102,7 +102,16 @@ class Bench:
         )
         shapes = probe_layer_shapes(loaded.model)
         store = KVStore(shapes, NUM_BLOCKS, BLOCK_SIZE, torch.float32, loaded.device)
-        lanes = LaneState(4, MAX_MODEL_LEN, NUM_BLOCKS, loaded.hidden_size, torch.float32, loaded.device, max_stop_ids=8)
+        lanes = LaneState(
+            4,
+            MAX_MODEL_LEN,
+            NUM_BLOCKS,
+            loaded.hidden_size,
+            torch.float32,
+            loaded.device,
+            vocab_size=loaded.vocab_size,
+            max_stop_ids=8,
+        )
         self.runner: Runner
         if kind == "eager":
             self.runner = ModelRunner(model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention())

@@ -133,10 +133,6 @@ async def test_wrong_messages_name_the_place(make_http, messages, param):
         (COMPLETIONS, "best_of", 3),
         (CHAT, "logprobs", True),
         (CHAT, "top_logprobs", 2),
-        (CHAT, "logit_bias", {"5": 1}),
-        (CHAT, "presence_penalty", 0.5),
-        (CHAT, "frequency_penalty", -1),
-        (CHAT, "repetition_penalty", 1.1),
         (CHAT, "response_format", {"type": "json_object"}),
         (CHAT, "tools", [{"type": "function"}]),
         (CHAT, "tool_choice", "required"),
@@ -154,6 +150,34 @@ async def test_known_fields_that_are_not_supported_are_named(make_http, path, fi
     error = error_of(await (await make_http()).post(path, json={**base, field: value}))
     assert (error["code"], error["param"]) == ("unsupported_parameter", field)
     assert field in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("presence_penalty", 2.1),
+        ("frequency_penalty", -2.5),
+        ("frequency_penalty", "1"),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", -1.0),
+        ("repetition_penalty", 1e6),
+        ("logit_bias", [5]),
+        ("logit_bias", {"x": 1}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"5": 10**400}),
+        ("logit_bias", {"5": True}),
+        ("logit_bias", {"5": None}),
+        ("logit_bias", {"999999": 1}),
+        ("logit_bias", {"9" * 5000: 1}),
+    ],
+)
+@pytest.mark.parametrize("path", [CHAT, COMPLETIONS])
+async def test_penalties_and_biases_out_of_range_are_named(make_http, path, field, value):
+    base = {"model": "tiny", "messages": MESSAGES} if path == CHAT else {"model": "tiny", "prompt": "Hi"}
+    error = error_of(await (await make_http()).post(path, json={**base, field: value}))
+    assert (error["code"], error["param"]) == ("invalid_value", field)
+    assert len(error["message"]) < 300
 
 
 async def test_images_are_not_supported(make_http):

@@ -158,6 +158,16 @@ async def test_sampling_parameters_reach_the_engine(make_http):
     assert request.arrival_s > 0
 
 
+async def test_penalties_and_biases_reach_the_engine(make_http):
+    client = FakeClient()
+    fields = {"presence_penalty": 0.5, "frequency_penalty": -1, "repetition_penalty": 1.1, "logit_bias": {"7": -100, "65": 2.5}}
+    response = await post(await make_http(client), **fields)
+    assert response.status_code == 200
+    params = client.requests[0].params
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.5, -1.0, 1.1)
+    assert params.logit_bias == ((7, -100.0), (65, 2.5))
+
+
 async def test_null_means_the_default(make_http):
     client = FakeClient()
     nulls = dict.fromkeys(("max_tokens", "temperature", "top_p", "n", "stream", "stop", "seed", "top_k", "logit_bias", "logprobs"))
