@@ -27,15 +27,16 @@ def make_prompts() -> list[list[int]]:
     return prompts
 
 
-def reference(architecture: str) -> list[list[int]]:
+def reference(architecture: str, **generation: object) -> list[list[int]]:
     """transformers' own greedy continuation of each prompt, up to EOS."""
+    keywords = {"max_new_tokens": NUM_NEW_TOKENS, "do_sample": False, **generation}
     model = tiny_model(architecture).model
     implementation = model.config._attn_implementation
     model.set_attn_implementation("eager")
     outputs = []
     for prompt in make_prompts():
         ids = torch.tensor([prompt], device=model.device)
-        generated = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_NEW_TOKENS, do_sample=False)
+        generated = model.generate(ids, attention_mask=torch.ones_like(ids), **keywords)
         outputs.append(generated[0, len(prompt) :].tolist())
     model.set_attn_implementation(implementation)
     return outputs
@@ -85,15 +86,8 @@ def test_every_architecture_with_a_tree(architecture, steps_in_flight):
 
 @pytest.mark.parametrize("penalty", [0.7, 1.5])
 def test_the_repetition_penalty_is_that_of_transformers(penalty):
-    loaded = tiny_model("qwen2")
-    prompts = make_prompts()
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt], device=loaded.device)
-        generated = loaded.model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, repetition_penalty=penalty
-        )
-        expected.append(generated[0, len(prompt) :].tolist())
+    loaded, prompts = tiny_model("qwen2"), make_prompts()
+    expected = reference("qwen2", max_new_tokens=20, repetition_penalty=penalty)
     heads = oracle_heads(loaded, [p + e for p, e in zip(prompts, expected, strict=True)])
     params = SamplingParams(temperature=0.0, max_tokens=20, repetition_penalty=penalty)
     outputs = run(make_engine(loaded, heads), [(prompt, params) for prompt in prompts])
