@@ -22,7 +22,8 @@ from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_resp
 from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
-from server.routes import chat, completions, health, metrics, models
+from server.protocol.tokenization import DetokenizeBody, TokenizeBody
+from server.routes import chat, completions, health, metrics, models, tokenization
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
 
@@ -48,7 +49,7 @@ def create_app(
     serving = Serving(client, load_text, settings)
     app = FastAPI(title="medusa-server", version=__version__, lifespan=_lifespan(serving, on_load_end))
     app.state.serving = serving
-    for module in (completions, chat, models, health, metrics):
+    for module in (completions, chat, models, tokenization, health, metrics):
         app.include_router(module.router)
     _add_error_handlers(app)
     _add_body_schemas(app)
@@ -79,7 +80,12 @@ def _lifespan(serving: Serving, on_load_end: LoadCallback) -> Callable[[FastAPI]
 
 def _add_body_schemas(app: FastAPI) -> None:
     """Routes parse bodies themselves, so /docs learns their schemas here. FastAPI caches the document that this changes."""
-    bodies: dict[str, type[BaseModel]] = {"/v1/completions": CompletionBody, "/v1/chat/completions": ChatBody}
+    bodies: dict[str, type[BaseModel]] = {
+        "/v1/completions": CompletionBody,
+        "/v1/chat/completions": ChatBody,
+        "/tokenize": TokenizeBody,
+        "/detokenize": DetokenizeBody,
+    }
     references, document = models_json_schema(
         [(body, "validation") for body in bodies.values()], ref_template="#/components/schemas/{model}"
     )

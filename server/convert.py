@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from medusa_core.text import OutputText
 from server.protocol.chat import AssistantMessage, ChatBody, Message
 from server.protocol.common import GenerationBody
 from server.protocol.completions import CompletionBody
+from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
 
 # Lanes one HTTP request may ask for: n times its prompts.
@@ -44,14 +46,41 @@ def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str,
 def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
     """Render the messages of a chat completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
+    return _job(body, [_render(body.messages, body, model)], model, request_id, arrival_s)
+
+
+def tokenized(body: TokenizeBody, model: ServedModel) -> Tokenized:
+    """Answer `/tokenize`. Raises RequestError; runs on the text thread."""
+    if body.model is not None:
+        model.check_name(body.model)
+    if body.messages is None:
+        assert body.prompt is not None  # the body's own check
+        token_ids = model.text.encode(body.prompt, add_special_tokens=body.add_special_tokens is not False)
+    else:
+        if body.add_special_tokens:
+            raise UnsupportedParameterError(
+                "Chat templates write special tokens themselves; leave add_special_tokens out.", param="add_special_tokens"
+            )
+        token_ids = _render(body.messages, body, model)
+    strings = model.text.token_strings(token_ids) if body.return_token_strs else None
+    return Tokenized(count=len(token_ids), max_model_len=model.info.max_model_len, tokens=token_ids, token_strs=strings)
+
+
+def detokenized(body: DetokenizeBody, model: ServedModel) -> Detokenized:
+    """Answer `/detokenize`. Raises RequestError; runs on the text thread."""
+    if body.model is not None:
+        model.check_name(body.model)
+    return Detokenized(model.text.decode(_checked_ids(body.tokens, model.info, "tokens"), skip_special_tokens=False))
+
+
+def _render(messages: Sequence[Message], body: ChatBody | TokenizeBody, model: ServedModel) -> list[int]:
     is_continued = bool(body.continue_final_message)
-    prompt = model.text.render_chat(
-        [template_message(message) for message in body.messages],
+    return model.text.render_chat(
+        [template_message(message) for message in messages],
         add_generation_prompt=not is_continued if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=is_continued,
         template_kwargs=body.chat_template_kwargs,
     )
-    return _job(body, [prompt], model, request_id, arrival_s)
 
 
 def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[int]) -> OutputText:
@@ -112,12 +141,12 @@ def _completion_prompts(prompt: Any, model: ServedModel) -> list[list[int]]:
     return [_checked_ids(item, model.info) for item in prompt]
 
 
-def _checked_ids(token_ids: list[int], info: EngineInfo) -> list[int]:
+def _checked_ids(token_ids: list[int], info: EngineInfo, field: str = "prompt") -> list[int]:
     for position, token_id in enumerate(token_ids):
         if not 0 <= token_id < info.vocab_size:
             raise PromptError(
                 f"Token id {_short(token_id)} at position {position} is outside the vocabulary (0 to {info.vocab_size - 1}).",
-                param="prompt",
+                param=field,
             )
     return token_ids
 

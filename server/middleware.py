@@ -33,6 +33,8 @@ ARRIVAL = "medusa.arrival_s"
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Asked every few seconds by machines; logged at debug level so that the log shows people's requests.
 _POLLED_ROUTES = frozenset({"/health", "/ready", "/metrics"})
+# the second begins /tokenizer_info too
+_GUARDED = ("/v1", "/tokenize", "/detokenize")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # A client that is still sending cannot read an answer, so a body that is refused is read to its end; up to this many bytes.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
@@ -98,7 +100,7 @@ def _request_id(scope: Scope) -> str:
 
 
 class APIKeyMiddleware:
-    """Guards `/v1`: health checks and metrics stay open to the machines that poll them."""
+    """Guards `/v1` and what tells or uses the tokenizer: health checks and metrics stay open to the machines that poll them."""
 
     def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
         self._app = app
@@ -106,7 +108,7 @@ class APIKeyMiddleware:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith("/v1") and not self._is_allowed(Headers(scope=scope)):
+        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._is_allowed(Headers(scope=scope)):
             error = InvalidAPIKeyError("The API key is missing or wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
             await error_response(error)(scope, receive, send)
             return

@@ -88,12 +88,17 @@ class Serving:
     def is_ready(self) -> bool:
         return self.model is not None and self.client.is_ready and not self.is_draining
 
+    def loaded_model(self) -> ServedModel:
+        """The model, whether or not its engine takes requests. Raises EngineNotReadyError before it was loaded once."""
+        if self.model is None:
+            raise EngineNotReadyError("The model is still loading.", hint="Try again when /ready answers 200.")
+        return self.model
+
     def require_model(self) -> ServedModel:
         """The model, for a route that is about to use the engine. Raises DrainingError or EngineNotReadyError."""
         if self.is_draining:
             raise DrainingError("The server is shutting down.", hint="Send the request to another instance, or try again later.")
-        if self.model is None:
-            raise EngineNotReadyError("The model is still loading.", hint="Try again when /ready answers 200.")
+        model = self.loaded_model()
         if not self.client.is_ready:
             raise EngineNotReadyError("The engine is restarting.", hint="Try again when /ready answers 200.")
-        return self.model
+        return model

@@ -56,9 +56,15 @@ class ChatTemplate:
         return rendered
 
     @property
+    def source(self) -> str | dict[str, str] | None:
+        """The template, or several by name; None if there is none."""
+        source: str | dict[str, str] | None = self._template or self._hf_tokenizer.chat_template
+        return source
+
+    @property
     def _text(self) -> str:
         """The template's source; with several named templates, all of them."""
-        source = self._template or self._hf_tokenizer.chat_template
+        source = self.source
         return "\n".join(source.values()) if isinstance(source, dict) else str(source)
 
     def _check_arguments(
@@ -68,7 +74,7 @@ class ChatTemplate:
         continue_final_message: bool,
         variables: Mapping[str, Any],
     ) -> None:
-        if not (self._template or self._hf_tokenizer.chat_template):
+        if not self.source:
             raise InvalidParameterError(
                 "This model has no chat template.",
                 param="messages",

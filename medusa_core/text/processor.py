@@ -99,6 +99,14 @@ class TextProcessor:
         """Text of a whole list of tokens, e.g. to echo a prompt given as ids."""
         return self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
 
+    def token_strings(self, token_ids: Sequence[int]) -> list[str]:
+        """Each token as the vocabulary spells it."""
+        return self._tokenizer.strings(token_ids)
+
+    def tokenizer_info(self) -> dict[str, Any]:
+        """The tokenizer, named as in tokenizer_config.json, with the chat template that is in use."""
+        return self._tokenizer.info() | {"chat_template": self._chat_template.source}
+
     def render_chat(
         self,
         messages: list[dict[str, Any]],

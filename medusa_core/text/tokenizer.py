@@ -89,6 +89,26 @@ class Tokenizer:
         )
         return text
 
+    def strings(self, token_ids: Sequence[int]) -> list[str]:
+        """The tokens as the vocabulary spells them; empty for ids that the tokenizer does not know."""
+        return [token or "" for token in self.hf_tokenizer.convert_ids_to_tokens(list(token_ids))]
+
+    def info(self) -> dict[str, Any]:
+        """What `tokenizer_config.json` says of it: class, longest input, special tokens, chat template."""
+        tokenizer = self.hf_tokenizer
+        named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+        return {
+            "tokenizer_class": type(tokenizer).__name__,
+            "model_max_length": tokenizer.model_max_length,
+            "bos_token": None,
+            "eos_token": None,
+            "pad_token": None,
+            "unk_token": None,
+            **named,
+            "additional_special_tokens": list(tokenizer.all_special_tokens),
+            "chat_template": tokenizer.chat_template,
+        }
+
     def piece_texts(self, *, skip_special_tokens: bool = True) -> PieceTexts | None:
         """Texts of tokens for tokenizers that give a token the same bytes whatever is around it; None for others."""
         return self._piece_texts.get(skip_special_tokens)

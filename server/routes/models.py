@@ -5,7 +5,6 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from medusa_core.errors import EngineNotReadyError
 from server.errors import json_response
 from server.protocol.common import encode
 from server.protocol.models import ModelCard, ModelList
@@ -17,7 +16,7 @@ router = APIRouter(tags=["models"])
 @router.get("/v1/models")
 async def list_models(request: Request) -> Response:
     """One card per served name."""
-    model = _model(request)
+    model = request.app.state.serving.loaded_model()
     return json_response(encode(ModelList(data=[_card(model, name) for name in model.names])))
 
 
@@ -25,16 +24,9 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{name:path}")
 async def get_model(request: Request, name: str) -> Response:
     """The card of one served name."""
-    model = _model(request)
+    model = request.app.state.serving.loaded_model()
     model.check_name(name)
     return json_response(encode(_card(model, name)))
-
-
-def _model(request: Request) -> ServedModel:
-    model: ServedModel | None = request.app.state.serving.model
-    if model is None:
-        raise EngineNotReadyError("The model is still loading.", hint="Try again when /ready answers 200.")
-    return model
 
 
 def _card(model: ServedModel, name: str) -> ModelCard:

@@ -45,6 +45,15 @@ class FakeText:
     def encode(self, text, *, add_special_tokens=True):
         return [ord(character) for character in text]
 
+    def decode(self, token_ids, *, skip_special_tokens=True):
+        return "".join(chr(token_id) for token_id in token_ids)
+
+    def token_strings(self, token_ids):
+        return [f"<{chr(token_id)}>" for token_id in token_ids]
+
+    def tokenizer_info(self):
+        return {"tokenizer_class": "FakeText", "eos_token": "</s>"}
+
     def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, template_kwargs=None):
         if add_generation_prompt and continue_final_message:
             raise InvalidParameterError("Both at once.", param="continue_final_message")

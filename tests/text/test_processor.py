@@ -150,3 +150,16 @@ def test_a_folder_without_tokenizer_is_a_load_error(tmp_path):
 def test_importing_the_package_does_not_import_torch():
     code = "import sys, medusa_core.text; sys.exit('torch' in sys.modules or 'transformers' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_tokens_as_strings_and_the_tokenizers_configuration(processor, model_folder):
+    reference = AutoTokenizer.from_pretrained(model_folder)
+    token_ids = processor.encode("the dog")
+    assert processor.token_strings(token_ids) == reference.convert_ids_to_tokens(token_ids)
+    assert processor.token_strings([10**6]) == [""]
+    info = processor.tokenizer_info()
+    assert info["eos_token"] == reference.eos_token
+    assert info["chat_template"] == reference.chat_template
+    assert info["tokenizer_class"] == type(reference).__name__
+    other = TextProcessor.load(model_folder, chat_template="{{ messages[0].content }}")
+    assert other.tokenizer_info()["chat_template"] == "{{ messages[0].content }}"
