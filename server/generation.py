@@ -17,7 +17,8 @@ from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.convert import Job
 from server.metrics import EngineMetrics
-from server.protocol.common import PromptTokensDetails, Usage
+from server.protocol.common import PromptTokensDetails, RequestMetrics, Usage
+from server.record import RequestRecord
 
 
 # A struct, as there is one per frame: a frozen dataclass takes five times as long to make.
@@ -46,10 +47,17 @@ class _Choice:
 
 
 class Generation:
-    """Runs one HTTP request on the engine. `updates` may be iterated once; `usage` is complete when it has ended."""
+    """Runs one HTTP request on the engine. `updates` may be iterated once; `usage` and `request_metrics` are complete when it has
+    ended."""
 
     def __init__(
-        self, client: EngineClient, job: Job, new_output: Callable[[list[int]], OutputText], metrics: EngineMetrics
+        self,
+        client: EngineClient,
+        job: Job,
+        new_output: Callable[[list[int]], OutputText],
+        metrics: EngineMetrics,
+        *,
+        max_depth: int,
     ) -> None:
         self._client = client
         self._requests = job.requests
@@ -60,6 +68,8 @@ class Generation:
             for idx in range(job.n)
         }
         self._num_open = len(self._choices)
+        is_one = job.num_choices == 1
+        self._record = RequestRecord(arrival_s=job.requests[0].arrival_s, max_depth=max_depth) if is_one else None
         self._cached_tokens: dict[str, int] = {}
         self._num_completion_tokens = 0
         # Choices whose text has ended while the engine goes on.
@@ -81,6 +91,11 @@ class Generation:
         num_completion = self._num_completion_tokens
         details = PromptTokensDetails(sum(self._cached_tokens.values()))
         return Usage(num_prompt, num_completion, num_prompt + num_completion, details)
+
+    @property
+    def request_metrics(self) -> RequestMetrics | None:
+        """None for several choices."""
+        return None if self._record is None else self._record.metrics
 
     async def updates(self) -> Updates:
         """Updates of all choices, interleaved: each item holds what is new since the one before, at most one update per choice.
@@ -139,6 +154,8 @@ class Generation:
             text += added.text
             self._num_completion_tokens += added.num_tokens
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
+            if self._record is not None:
+                self._record.add(delta, num_kept=added.num_tokens, now_s=now)
             if choice.last_delta_s is None:
                 self._observe_first(choice, delta, now)
             else:

@@ -11,7 +11,7 @@ import msgspec
 
 from server.generation import ChoiceUpdate
 from server.protocol.chat import ChatBody, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatMessage
-from server.protocol.common import OptionalUsage, Usage
+from server.protocol.common import OptionalMetrics, OptionalUsage, RequestMetrics, Usage
 from server.protocol.completions import Completion, CompletionBody, CompletionChoice
 
 
@@ -36,11 +36,11 @@ class Reply(Protocol):
 
     def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]: ...
 
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
         """The last chunk of a stream whose client asked for usage."""
         ...
 
-    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct: ...
+    def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct: ...
 
 
 class CompletionReply:
@@ -58,15 +58,17 @@ class CompletionReply:
     def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]:
         return (self._object([CompletionChoice(update.index, update.text, update.finish_reason)], self._no_usage),)
 
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
-        return self._object([], usage)
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
+        return self._object([], usage, metrics)
 
-    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct:
+    def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
         answers = [CompletionChoice(index, choice.text, choice.finish_reason) for index, choice in enumerate(choices)]
-        return self._object(answers, usage)
+        return self._object(answers, usage, metrics)
 
-    def _object(self, choices: list[CompletionChoice], usage: OptionalUsage) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage)
+    def _object(
+        self, choices: list[CompletionChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET
+    ) -> Completion:
+        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, metrics=metrics)
 
 
 class ChatReply:
@@ -95,16 +97,28 @@ class ChatReply:
             chunks.append(self._chunk([ChatChunkChoice(update.index, ChatDelta(), update.finish_reason)], self._no_usage))
         return chunks
 
-    def usage_chunk(self, usage: Usage) -> msgspec.Struct:
-        return self._chunk([], usage)
+    def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
+        return self._chunk([], usage, metrics)
 
-    def whole(self, choices: list[FinishedChoice], usage: Usage) -> msgspec.Struct:
+    def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
         answers = [ChatChoice(index, ChatMessage(choice.text), choice.finish_reason) for index, choice in enumerate(choices)]
         return ChatCompletion(
-            id=self._id, created=self._created, model=self._model, choices=answers, usage=usage, service_tier=self._tier
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=answers,
+            usage=usage,
+            metrics=metrics,
+            service_tier=self._tier,
         )
 
-    def _chunk(self, choices: list[ChatChunkChoice], usage: OptionalUsage) -> ChatChunk:
+    def _chunk(self, choices: list[ChatChunkChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET) -> ChatChunk:
         return ChatChunk(
-            id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, service_tier=self._tier
+            id=self._id,
+            created=self._created,
+            model=self._model,
+            choices=choices,
+            usage=usage,
+            metrics=metrics,
+            service_tier=self._tier,
         )

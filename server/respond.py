@@ -56,7 +56,7 @@ async def _respond(
     unique_id = uuid.uuid4().hex
     make = partial(make_job, body, model, request_id=unique_id, arrival_s=arrival_s(request.scope))
     job = await asyncio.get_running_loop().run_in_executor(serving.text_threads, make)
-    generation = Generation(serving.client, job, partial(new_output, body, model), model.metrics)
+    generation = Generation(serving.client, job, partial(new_output, body, model), model.metrics, max_depth=model.info.max_depth)
     reply = make_reply(body, unique_id)
     try:
         if body.stream:
@@ -88,4 +88,4 @@ async def _whole(generation: Generation, reply: Reply) -> Response:
                 choices[update.index].texts.append(update.text)
                 if update.finish_reason is not None:
                     choices[update.index].finish_reason = update.finish_reason
-    return json_response(encode(reply.whole(choices, generation.usage)))
+    return json_response(encode(reply.whole(choices, generation.usage, generation.request_metrics)))

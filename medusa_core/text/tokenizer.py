@@ -94,12 +94,11 @@ class Tokenizer:
         return [token or "" for token in self.hf_tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     def info(self) -> dict[str, Any]:
-        """What `tokenizer_config.json` says of it: class, longest input, special tokens, chat template."""
+        """What `tokenizer_config.json` says of it: class, special tokens, chat template."""
         tokenizer = self.hf_tokenizer
         named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return {
             "tokenizer_class": type(tokenizer).__name__,
-            "model_max_length": tokenizer.model_max_length,
             "bos_token": None,
             "eos_token": None,
             "pad_token": None,

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.protocol.common import Body, GenerationBody, NumTokens, OptionalUsage, invalid, only
+from server.protocol.common import Body, GenerationBody, NumTokens, OptionalMetrics, OptionalUsage, invalid, only
 
 
 def _check_content(value: object) -> object:
@@ -125,6 +125,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: OptionalUsage
+    metrics: OptionalMetrics
     service_tier: str | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -147,4 +148,5 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     model: str
     choices: list[ChatChunkChoice]
     usage: OptionalUsage = msgspec.UNSET
+    metrics: OptionalMetrics = msgspec.UNSET
     service_tier: str | msgspec.UnsetType = msgspec.UNSET

@@ -144,6 +144,38 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class SpeculationMetrics(msgspec.Struct, kw_only=True):
+    """Steps with draft nodes, in the shape of vLLM, which load generators read.
+
+    acceptance_histogram: steps by accepted drafts, from 0 to num_spec_tokens, the depth of the tree. mean_acceptance_length: with
+    the bonus token. num_draft_tokens: depth offered, summed over steps.
+    """
+
+    mean_acceptance_length: float
+    draft_acceptance_rate: float
+    acceptance_histogram: list[int]
+    num_spec_steps: int
+    num_accepted_draft_tokens: int
+    num_draft_tokens: int
+    num_spec_tokens: int
+    per_step_accepted: None = None
+    per_step_drafted: None = None
+
+
+class RequestMetrics(msgspec.Struct, kw_only=True):
+    """Of a request of one choice, as the front end saw it. generation_time_ms: from the first token to the last. tokens_per_second:
+    from arrival to the last. speculative_decoding: null where no step had draft nodes."""
+
+    time_to_first_token_ms: float
+    generation_time_ms: float
+    queue_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float | None
+    speculative_decoding: SpeculationMetrics | None
+
+
+# null for a request of several choices; absent in chunks but the one that carries usage
+OptionalMetrics = RequestMetrics | None | msgspec.UnsetType
 # A key that is absent differs from one that is null: streams carry `usage: null` only when usage was asked for.
 OptionalUsage = Usage | None | msgspec.UnsetType
 encode: Callable[[object], bytes] = msgspec.json.Encoder().encode

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BeforeValidator
 
-from server.protocol.common import GenerationBody, Int32, OptionalUsage, invalid, only
+from server.protocol.common import GenerationBody, Int32, OptionalMetrics, OptionalUsage, invalid, only
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -51,3 +51,4 @@ class Completion(msgspec.Struct, kw_only=True):
     model: str
     choices: list[CompletionChoice]
     usage: OptionalUsage = msgspec.UNSET
+    metrics: OptionalMetrics = msgspec.UNSET

@@ -55,7 +55,7 @@ async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate]
                 yield piece, False
                 piece = b""
         if has_usage:
-            piece += frame(encode(reply.usage_chunk(generation.usage)))
+            piece += frame(encode(reply.usage_chunk(generation.usage, generation.request_metrics)))
     except MedusaError as error:
         piece += frame(error_body(error))
     # The last handler of a stream: nothing outside it could still tell the client.
