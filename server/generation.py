@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import msgspec
@@ -23,11 +23,13 @@ from server.record import RequestRecord
 
 # A struct, as there is one per frame: a frozen dataclass takes five times as long to make.
 class ChoiceUpdate(msgspec.Struct, frozen=True):
-    """New text of one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update."""
+    """New text of one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update. token_ids: of
+    this text and of what was held back before, as far as they count; empty unless asked for."""
 
     index: int
     text: str
     finish_reason: str | None
+    token_ids: list[int] = []
 
 
 Updates: TypeAlias = AsyncGenerator[list[ChoiceUpdate], None]
@@ -44,6 +46,8 @@ class _Choice:
     is_open: bool = True
     is_running: bool = True
     last_delta_s: float | None = None
+    # not told yet
+    token_ids: list[int] = field(default_factory=list)
 
 
 class Generation:
@@ -58,6 +62,7 @@ class Generation:
         metrics: EngineMetrics,
         *,
         max_depth: int,
+        has_token_ids: bool = False,
     ) -> None:
         self._client = client
         self._requests = job.requests
@@ -68,6 +73,7 @@ class Generation:
             for idx in range(job.n)
         }
         self._num_open = len(self._choices)
+        self._has_token_ids = has_token_ids
         is_one = job.num_choices == 1
         self._record = RequestRecord(arrival_s=job.requests[0].arrival_s, max_depth=max_depth) if is_one else None
         self._cached_tokens: dict[str, int] = {}
@@ -75,6 +81,11 @@ class Generation:
         # Choices whose text has ended while the engine goes on.
         self._stopped: list[_Choice] = []
         self._was_ended_by_engine = False
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        """Token ids of each prompt."""
+        return [request.prompt_token_ids for request in self._requests]
 
     @property
     def num_choices(self) -> int:
@@ -154,6 +165,8 @@ class Generation:
             text += added.text
             self._num_completion_tokens += added.num_tokens
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
+            if self._has_token_ids:
+                choice.token_ids += delta.token_ids[: added.num_tokens]
             if self._record is not None:
                 self._record.add(delta, num_kept=added.num_tokens, now_s=now)
             if choice.last_delta_s is None:
@@ -166,12 +179,15 @@ class Generation:
         if choice.last_delta_s is not None:
             self._metrics.observe_interval(now - choice.last_delta_s, num_tokens=num_timed)
             choice.last_delta_s = now
+        if reason is None and not text:
+            return None
+        token_ids, choice.token_ids = choice.token_ids, []
         if reason is None:
-            return ChoiceUpdate(choice.index, text, None) if text else None
+            return ChoiceUpdate(choice.index, text, None, token_ids)
         self._close(choice, reason.value)
         if choice.is_running:
             self._stopped.append(choice)
-        return ChoiceUpdate(choice.index, text, reason.value)
+        return ChoiceUpdate(choice.index, text, reason.value, token_ids)
 
     async def _abort_stopped(self) -> None:
         """The engine does not know that a stop string has ended these choices."""

@@ -44,7 +44,7 @@ async def _respond(
     serving: Serving,
     body_class: type[B],
     make_job: Callable[..., Job],
-    make_reply: Callable[[B, str], Reply],
+    make_reply: Callable[[B, str, list[list[int]]], Reply],
 ) -> Response:
     # A server that takes no requests says so whatever they contain, but only once it has received them: a connection that closes on
     # data still under way is reset, and the client may never see the answer.
@@ -56,8 +56,15 @@ async def _respond(
     unique_id = uuid.uuid4().hex
     make = partial(make_job, body, model, request_id=unique_id, arrival_s=arrival_s(request.scope))
     job = await asyncio.get_running_loop().run_in_executor(serving.text_threads, make)
-    generation = Generation(serving.client, job, partial(new_output, body, model), model.metrics, max_depth=model.info.max_depth)
-    reply = make_reply(body, unique_id)
+    generation = Generation(
+        serving.client,
+        job,
+        partial(new_output, body, model),
+        model.metrics,
+        max_depth=model.info.max_depth,
+        has_token_ids=bool(body.return_token_ids),
+    )
+    reply = make_reply(body, unique_id, generation.prompts)
     try:
         if body.stream:
             return await _stream(request, serving, body, generation, reply)
@@ -86,6 +93,7 @@ async def _whole(generation: Generation, reply: Reply) -> Response:
         async for batch in updates:
             for update in batch:
                 choices[update.index].texts.append(update.text)
+                choices[update.index].token_ids += update.token_ids
                 if update.finish_reason is not None:
                     choices[update.index].finish_reason = update.finish_reason
     return json_response(encode(reply.whole(choices, generation.usage, generation.request_metrics)))

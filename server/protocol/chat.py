@@ -8,7 +8,7 @@ import msgspec
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.protocol.common import Body, GenerationBody, NumTokens, OptionalMetrics, OptionalUsage, invalid, only
+from server.protocol.common import Body, GenerationBody, NumTokens, OptionalIds, OptionalMetrics, OptionalUsage, invalid, only
 
 
 def _check_content(value: object) -> object:
@@ -116,6 +116,7 @@ class ChatChoice(msgspec.Struct):
     message: ChatMessage
     finish_reason: str
     logprobs: None = None
+    token_ids: OptionalIds = msgspec.UNSET
 
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
@@ -127,6 +128,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
     usage: OptionalUsage
     metrics: OptionalMetrics
     service_tier: str | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: OptionalIds = msgspec.UNSET
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
@@ -139,6 +141,7 @@ class ChatChunkChoice(msgspec.Struct):
     delta: ChatDelta
     finish_reason: str | None = None
     logprobs: None = None
+    token_ids: OptionalIds = msgspec.UNSET
 
 
 class ChatChunk(msgspec.Struct, kw_only=True):
@@ -150,3 +153,4 @@ class ChatChunk(msgspec.Struct, kw_only=True):
     usage: OptionalUsage = msgspec.UNSET
     metrics: OptionalMetrics = msgspec.UNSET
     service_tier: str | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: OptionalIds = msgspec.UNSET

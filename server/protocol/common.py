@@ -120,6 +120,7 @@ class GenerationBody(Body):
     stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
+    return_token_ids: bool | None = None
     priority: Int32 | None = None
     repetition_penalty: float | None = None
     speculative: Speculative | None = None
@@ -176,6 +177,8 @@ class RequestMetrics(msgspec.Struct, kw_only=True):
 
 # null for a request of several choices; absent in chunks but the one that carries usage
 OptionalMetrics = RequestMetrics | None | msgspec.UnsetType
+# only where they were asked for
+OptionalIds = list[int] | msgspec.UnsetType
 # A key that is absent differs from one that is null: streams carry `usage: null` only when usage was asked for.
 OptionalUsage = Usage | None | msgspec.UnsetType
 encode: Callable[[object], bytes] = msgspec.json.Encoder().encode

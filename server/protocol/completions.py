@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BeforeValidator
 
-from server.protocol.common import GenerationBody, Int32, OptionalMetrics, OptionalUsage, invalid, only
+from server.protocol.common import GenerationBody, Int32, OptionalIds, OptionalMetrics, OptionalUsage, invalid, only
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -42,6 +42,8 @@ class CompletionChoice(msgspec.Struct):
     text: str
     finish_reason: str | None = None
     logprobs: None = None
+    token_ids: OptionalIds = msgspec.UNSET
+    prompt_token_ids: OptionalIds = msgspec.UNSET
 
 
 class Completion(msgspec.Struct, kw_only=True):
