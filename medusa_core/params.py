@@ -9,7 +9,7 @@ from medusa_core.errors import InvalidParameterError
 
 # Of the API.
 _MAX_BIAS = 100.0
-# Far beyond any use; keeps products of logits finite.
+# Far beyond any use; keeps products and quotients of logits finite.
 _MAX_REPETITION_PENALTY = 100.0
 
 
@@ -19,8 +19,9 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_p in (0, 1], top_k 0 = off, min_p in [0, 1]. Filters apply in the order temperature, top_k,
         top_p, min_p; ties at a threshold are kept.
-    presence_penalty, frequency_penalty in [-2, 2], over the output; repetition_penalty above 0, over prompt and output, 1 = off.
-    logit_bias: (token id, value in [-100, 100]) pairs, added to the logits. See sampling/penalties.py for formulas and their order.
+    presence_penalty, frequency_penalty in [-2, 2]: over the output. repetition_penalty in [0.01, 100]: over prompt and output, 1 = off.
+    logit_bias: pairs of a token id, each once, and a value in [-100, 100], added to the logits. sampling/penalties.py has the
+        formulas and their order.
     seed: 64-bit; None draws fresh random bits for each choice.
     max_tokens: most tokens to emit; None = as many as fit in the context.
     min_tokens: tokens emitted before EOS or a stop token id may be drawn.
@@ -52,9 +53,10 @@ class SamplingParams:
         self._check("min_p", 0.0 <= self.min_p <= 1.0, "between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
             self._check(name, -2.0 <= getattr(self, name) <= 2.0, "between -2 and 2")
-        self._check(
-            "repetition_penalty", 0.0 < self.repetition_penalty <= _MAX_REPETITION_PENALTY, "greater than 0 and at most 100"
-        )
+        is_moderate = 1.0 / _MAX_REPETITION_PENALTY <= self.repetition_penalty <= _MAX_REPETITION_PENALTY
+        self._check("repetition_penalty", is_moderate, "between 0.01 and 100")
+        if len({token_id for token_id, _ in self.logit_bias}) < len(self.logit_bias):
+            raise InvalidParameterError("logit_bias names a token more than once.", param="logit_bias")
         for token_id, value in self.logit_bias:
             # NaN fails the comparison
             if not -_MAX_BIAS <= value <= _MAX_BIAS:

@@ -121,10 +121,10 @@ def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
         raise InvalidParameterError(
             f"stop_token_ids holds {num_stop_ids} ids, at most {MAX_STOP_TOKEN_IDS} are allowed.", param="stop_token_ids"
         )
-    for token_id in request.params.stop_token_ids:
-        if not 0 <= token_id < vocab_size:
-            raise InvalidParameterError(
-                f"stop_token_ids holds {token_id}, outside the vocabulary.",
-                param="stop_token_ids",
-                hint=f"Use ids 0..{vocab_size - 1}.",
-            )
+    biased_ids = [token_id for token_id, _ in request.params.logit_bias]
+    for field, token_ids in (("stop_token_ids", request.params.stop_token_ids), ("logit_bias", biased_ids)):
+        for token_id in token_ids:
+            if not 0 <= token_id < vocab_size:
+                raise InvalidParameterError(
+                    f"{field} holds {token_id}, outside the vocabulary.", param=field, hint=f"Use ids 0..{vocab_size - 1}."
+                )

@@ -94,7 +94,7 @@ class Tokenizer:
         return [token or "" for token in self.hf_tokenizer.convert_ids_to_tokens(list(token_ids))]
 
     def info(self) -> dict[str, Any]:
-        """What `tokenizer_config.json` says of it: class, special tokens, chat template."""
+        """Its class in transformers, and under the names of `tokenizer_config.json` its special tokens and chat template."""
         tokenizer = self.hf_tokenizer
         named = {name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
         return {
@@ -104,7 +104,7 @@ class Tokenizer:
             "pad_token": None,
             "unk_token": None,
             **named,
-            "additional_special_tokens": list(tokenizer.all_special_tokens),
+            "additional_special_tokens": [token for token in tokenizer.all_special_tokens if token not in named.values()],
             "chat_template": tokenizer.chat_template,
         }
 

@@ -65,8 +65,12 @@ def _as_logit_bias(value: object) -> object:
         raise invalid("Input should be an object from token ids to numbers")
     biases = {}
     for key, bias in value.items():
-        if not (isinstance(key, str) and key.isascii() and key.isdecimal() and len(key) <= _MAX_ID_DIGITS):
-            raise invalid(f"Keys should be token ids such as '42', not {key[:_MAX_ID_DIGITS]!r}")
+        # as JSON writes a number, so that no two keys are one id
+        is_number = key.isascii() and key.isdecimal() and (key == "0" or key[0] != "0")
+        if not is_number:
+            raise invalid(f"Keys should be token ids such as '42', not {key[:20]!r}")
+        if len(key) > _MAX_ID_DIGITS:
+            raise invalid("A key is larger than any token id")
         # NaN fails the comparison, and integers of any length can be compared
         if isinstance(bias, bool) or not (isinstance(bias, int | float) and -100 <= bias <= 100):
             raise invalid(f"The bias of token {key} should be a number between -100 and 100")

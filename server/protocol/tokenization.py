@@ -29,6 +29,11 @@ class TokenizeBody(Body):
     def _has_one_text(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("Exactly one of prompt and messages is needed")
+        of_chats = (self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
+        if self.prompt is not None and any(value is not None for value in of_chats):
+            raise invalid(
+                "add_generation_prompt, continue_final_message and chat_template_kwargs belong to messages, not to a prompt"
+            )
         return self
 
 

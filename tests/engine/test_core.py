@@ -91,6 +91,19 @@ def test_a_stop_token_id_outside_the_vocabulary_is_refused():
     assert caught.value.param == "stop_token_ids"
 
 
+@pytest.mark.parametrize("token_id", [-1, VOCAB_SIZE])
+def test_a_bias_outside_the_vocabulary_is_refused(token_id):
+    core, _, _ = make_core()
+    with pytest.raises(InvalidParameterError, match=f"logit_bias holds {token_id}") as caught:
+        core.submit(make_request([1], logit_bias=((3, 1.0), (token_id, 1.0))))
+    assert caught.value.param == "logit_bias"
+
+
+def test_a_bias_that_is_named_twice_is_refused():
+    with pytest.raises(InvalidParameterError, match="more than once"):
+        make_request([1], logit_bias=((3, 1.0), (3, 2.0)))
+
+
 def test_a_stop_list_that_would_slow_everybody_is_refused():
     core, _, _ = make_core()
     with pytest.raises(InvalidParameterError, match="129 ids, at most 128") as caught:

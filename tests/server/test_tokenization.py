@@ -47,6 +47,8 @@ async def test_the_tokenizer_tells_about_itself(make_http):
     [
         ("/tokenize", {}, 400, "invalid_value", None),
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, 400, "invalid_value", None),
+        ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, 400, "invalid_value", None),
+        ("/tokenize", {"prompt": "a", "continue_final_message": True}, 400, "invalid_value", None),
         ("/tokenize", {"prompt": 5}, 400, "invalid_value", "prompt"),
         ("/tokenize", {"messages": []}, 400, "invalid_value", "messages"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, 400, "unsupported_parameter", "add_special_tokens"),

@@ -160,6 +160,9 @@ def test_tokens_as_strings_and_the_tokenizers_configuration(processor, model_fol
     info = processor.tokenizer_info()
     assert info["eos_token"] == reference.eos_token
     assert info["chat_template"] == reference.chat_template
+    assert info["eos_token"] not in info["additional_special_tokens"]
+    named = {info[name] for name in ("bos_token", "eos_token", "pad_token", "unk_token")}
+    assert {*info["additional_special_tokens"], *(named - {None})} == set(reference.all_special_tokens)
     assert info["tokenizer_class"] == type(reference).__name__
     other = TextProcessor.load(model_folder, chat_template="{{ messages[0].content }}")
     assert other.tokenizer_info()["chat_template"] == "{{ messages[0].content }}"
