@@ -19,7 +19,8 @@ class SamplingParams:
 
     temperature: 0 is greedy. top_p in (0, 1], top_k 0 = off, min_p in [0, 1]. Filters apply in the order temperature, top_k,
         top_p, min_p; ties at a threshold are kept.
-    presence_penalty, frequency_penalty in [-2, 2]: over the output. repetition_penalty in [0.01, 100]: over prompt and output, 1 = off.
+    presence_penalty, frequency_penalty in [-2, 2]: over the output. repetition_penalty in [0.01, 100], 1 = off: over prompt and
+        output.
     logit_bias: pairs of a token id, each once, and a value in [-100, 100], added to the logits. sampling/penalties.py has the
         formulas and their order.
     seed: 64-bit; None draws fresh random bits for each choice.
