@@ -2,8 +2,8 @@
 
 A level of a tree costs the time to read the heads' weights, and the start of every launch between two of them. So weights are kept
 in 8 bits, half the bytes to read, and a second-level cache holds more of them until the next level; and no level writes logits or
-looks for their best: each tile of the output product keeps its two best as keys (kernels/near_top.py), the next level finds its tokens among them,
-and what is left for all levels together is one launch that makes lists of them.
+looks for their best: each tile of the output product keeps its two best as keys (kernels/near_top.py), the next level finds its
+tokens among them, and what is left for all levels together is one launch that makes lists of them.
 
 Rounding makes a guess a little worse now and then, never an answer. Import this module only where kernels run.
 
