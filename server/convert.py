@@ -194,14 +194,11 @@ def _max_tokens(body: GenerationBody, prompt: list[int], info: EngineInfo) -> in
 def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) -> SamplingParams:
     """Null and absent fields take `SamplingParams`' defaults, which are the API's. Raises InvalidParameterError."""
     stop_token_ids = body.stop_token_ids or []
-    for token_id in stop_token_ids:
-        if not 0 <= token_id < info.vocab_size:
-            message = f"stop_token_ids: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
-            raise InvalidParameterError(message, param="stop_token_ids")
-    for token_id in body.logit_bias:
-        if token_id >= info.vocab_size:
-            message = f"logit_bias: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
-            raise InvalidParameterError(message, param="logit_bias")
+    for field, token_ids in (("stop_token_ids", stop_token_ids), ("logit_bias", body.logit_bias)):
+        for token_id in token_ids:
+            if not 0 <= token_id < info.vocab_size:
+                message = f"{field}: {token_id} is outside the vocabulary (0 to {info.vocab_size - 1})."
+                raise InvalidParameterError(message, param=field)
     penalties = ("presence_penalty", "frequency_penalty", "repetition_penalty")
     names = ("temperature", "top_p", "top_k", "min_p", *penalties, "seed", "min_tokens", "ignore_eos", "n")
     given: dict[str, Any] = {name: value for name in names if (value := getattr(body, name)) is not None}

@@ -190,4 +190,4 @@ class LaneState:
         self.tokens_PL[lane_n, column_n] = token_n
         for join in joins:
             if join.params.has_penalties:
-                self.penalties.join(join)
+                self.penalties.join(join, self.upload)

@@ -5,8 +5,9 @@ Shapes: P lanes of the runner, and one more that no request ever has · B lanes 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -33,17 +34,20 @@ class PenaltyState:
         """Memory of the state."""
         return (num_lanes + 1) * vocab_size * _TOKEN_BYTES
 
-    def join(self, join: LaneJoin) -> None:
-        """Set the row of a lane with penalties. Known tokens behind the prompt, of a request that goes on, are output."""
+    def join(self, join: LaneJoin, upload: Callable[[np.ndarray], Tensor]) -> None:
+        """Set the row of a lane with penalties. Known tokens behind the prompt, of a request that goes on, are output.
+
+        upload: copies to the device, as `LaneState.upload` does.
+        """
         count_V, is_prompt_V, bias_V = self.count_PV[join.lane], self.is_prompt_PV[join.lane], self.bias_PV[join.lane]
-        prompt_n = self._upload(join.token_ids[: join.num_prompt_tokens], torch.int64)
-        output_n = self._upload(join.token_ids[join.num_prompt_tokens :], torch.int64)
+        known_n = upload(np.array(join.token_ids, dtype=np.int64))
+        prompt_n, output_n = known_n[: join.num_prompt_tokens], known_n[join.num_prompt_tokens :]
         is_prompt_V.zero_().index_fill_(0, prompt_n, True)
         count_V.zero_().index_add_(0, output_n, torch.ones_like(output_n, dtype=torch.int32))
         bias_V.zero_()
         if join.params.logit_bias:
             token_ids, values = zip(*join.params.logit_bias, strict=True)
-            bias_V.index_copy_(0, self._upload(token_ids, torch.int64), self._upload(values, torch.float32))
+            bias_V.index_copy_(0, upload(np.array(token_ids, dtype=np.int64)), upload(np.array(values, dtype=np.float32)))
 
     def count(self, index_B: Tensor, token_ids_BL: Tensor, num_kept_B: Tensor) -> None:
         """The first tokens of each lane's walk were kept."""
@@ -51,10 +55,3 @@ class PenaltyState:
         is_kept_BL = level_L < num_kept_B.unsqueeze(1)
         flat_BL = index_B.unsqueeze(1) * self.count_PV.shape[1] + token_ids_BL.clamp(min=0)
         self.count_PV.view(-1).index_add_(0, flat_BL.flatten(), is_kept_BL.flatten().to(torch.int32))
-
-    def _upload(self, values: Sequence[int] | Sequence[float], dtype: torch.dtype) -> Tensor:
-        """A copy on the device that waits for nothing."""
-        tensor = torch.tensor(values, dtype=dtype)
-        if self.count_PV.is_cuda:
-            tensor = tensor.pin_memory()
-        return tensor.to(self.count_PV.device, non_blocking=True)

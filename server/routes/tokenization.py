@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from functools import partial
+from collections.abc import Callable
+from typing import TypeVar
 
+import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from server.body import read_body
 from server.convert import detokenized, tokenized
 from server.errors import json_response
-from server.protocol.common import encode
+from server.protocol.common import Body, encode
 from server.protocol.tokenization import DetokenizeBody, TokenizeBody
-from server.serving import Serving
+from server.serving import ServedModel, Serving
+
+B = TypeVar("B", bound=Body)
 
 router = APIRouter(tags=["tokenization"])
 
@@ -21,23 +25,25 @@ router = APIRouter(tags=["tokenization"])
 @router.post("/tokenize")
 async def tokenize(request: Request) -> Response:
     """Token ids of a prompt, or of a conversation in the model's chat format."""
-    serving: Serving = request.app.state.serving
-    body = await read_body(request, TokenizeBody, allow_unknown=serving.settings.allow_unknown_fields)
-    work = partial(tokenized, body, serving.loaded_model())
-    return json_response(encode(await asyncio.get_running_loop().run_in_executor(serving.text_threads, work)))
+    return await _respond(request, TokenizeBody, tokenized)
 
 
 @router.post("/detokenize")
 async def detokenize(request: Request) -> Response:
     """Text of token ids, special tokens included."""
-    serving: Serving = request.app.state.serving
-    body = await read_body(request, DetokenizeBody, allow_unknown=serving.settings.allow_unknown_fields)
-    work = partial(detokenized, body, serving.loaded_model())
-    return json_response(encode(await asyncio.get_running_loop().run_in_executor(serving.text_threads, work)))
+    return await _respond(request, DetokenizeBody, detokenized)
 
 
 @router.get("/tokenizer_info")
 async def tokenizer_info(request: Request) -> Response:
-    """The tokenizer's class, special tokens and chat template, named as in tokenizer_config.json."""
+    """The tokenizer's class in transformers, its special tokens and its chat template."""
     serving: Serving = request.app.state.serving
     return json_response(encode(serving.loaded_model().text.tokenizer_info()))
+
+
+async def _respond(request: Request, body_class: type[B], work: Callable[[B, ServedModel], msgspec.Struct]) -> Response:
+    """The answer to a body, worked out on a text thread."""
+    serving: Serving = request.app.state.serving
+    body = await read_body(request, body_class, allow_unknown=serving.settings.allow_unknown_fields)
+    model = serving.loaded_model()
+    return json_response(encode(await asyncio.get_running_loop().run_in_executor(serving.text_threads, work, body, model)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from medusa_core.params import SamplingParams
@@ -21,6 +22,10 @@ def make_state() -> PenaltyState:
     return state
 
 
+def upload(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values).to(options.device)
+
+
 def join(token_ids: list[int], num_prompt_tokens: int, **params) -> LaneJoin:
     return LaneJoin(
         lane=1,
@@ -37,7 +42,7 @@ def join(token_ids: list[int], num_prompt_tokens: int, **params) -> LaneJoin:
 
 def test_a_new_request_starts_from_nothing_but_its_prompt():
     state = make_state()
-    state.join(join([4, 4, 2], 3, frequency_penalty=1.0))
+    state.join(join([4, 4, 2], 3, frequency_penalty=1.0), upload)
     assert state.count_PV[1].tolist() == [0] * VOCAB_SIZE
     assert state.is_prompt_PV[1].nonzero().flatten().tolist() == [2, 4]
     assert state.bias_PV[1].tolist() == [0.0] * VOCAB_SIZE
@@ -46,7 +51,7 @@ def test_a_new_request_starts_from_nothing_but_its_prompt():
 
 def test_a_request_that_goes_on_knows_its_output():
     state = make_state()
-    state.join(join([4, 4, 2, 5, 6, 5], 3, presence_penalty=1.0, logit_bias=((0, -2.0), (9, 1.5))))
+    state.join(join([4, 4, 2, 5, 6, 5], 3, presence_penalty=1.0, logit_bias=((0, -2.0), (9, 1.5))), upload)
     assert state.count_PV[1].tolist() == [0, 0, 0, 0, 0, 2, 1, 0, 0, 0]
     assert state.is_prompt_PV[1].nonzero().flatten().tolist() == [2, 4]
     assert state.bias_PV[1].tolist() == [-2.0, *[0.0] * 8, 1.5]
