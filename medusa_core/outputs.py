@@ -15,6 +15,14 @@ class FinishReason(enum.Enum):
     ABORT = "abort"
 
 
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Log-probability of a token, natural logarithm, and the most likely tokens in its place, best first."""
+
+    logprob: float
+    top_ids: list[int] = []
+    top_logprobs: list[float] = []
+
+
 # On the wire as an array and unknown to the garbage collector: there is one per lane and step.
 class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """Tokens one choice emitted in one step.
@@ -22,6 +30,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     num_draft_nodes, draft_depth, num_accepted: as in plan.LaneResult; all 0 for a step without a draft.
     is_first: holds the choice's first token, which belongs to no decode step.
     num_cached_tokens, queue_s: set with the first delta; prompt tokens found in the prefix cache, seconds waited for a lane.
+    logprobs: of each token, where the request asks for them. prompt_logprobs: with the first delta of the first choice, of each
+        prompt token but the first, where it asks for those.
     """
 
     request_id: str
@@ -34,6 +44,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     is_first: bool = False
     num_cached_tokens: int = 0
     queue_s: float = 0.0
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
 
 
 class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):

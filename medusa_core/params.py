@@ -9,6 +9,8 @@ from medusa_core.errors import InvalidParameterError
 
 # Of the API.
 _MAX_BIAS = 100.0
+# Alternatives per token: of the API, as for chat completions.
+MAX_LOGPROBS = 20
 # Far beyond any use; keeps products and quotients of logits finite.
 _MAX_REPETITION_PENALTY = 100.0
 
@@ -24,9 +26,12 @@ class SamplingParams:
     logit_bias: pairs of a token id, each once, and a value in [-100, 100], added to the logits. sampling/penalties.py has the
         formulas and their order.
     seed: 64-bit; None draws fresh random bits for each choice.
-    max_tokens: most tokens to emit; None = as many as fit in the context.
+    max_tokens: most tokens to emit; None = as many as fit in the context. 0 computes the prompt and ends.
     min_tokens: tokens emitted before EOS or a stop token id may be drawn.
     stop_token_ids: ids that end the output (emitted as its last token).
+    num_logprobs: report the log-probability of each token emitted, and so many of the most likely tokens, 0 to 20; None for
+        neither. Of the model's own distribution: before penalties, biases, temperature and filters.
+    num_prompt_logprobs: the same of each prompt token but the first. The prompt is then computed whole, whatever of it is cached.
     n: choices; choice i is drawn with noise key (seed, i), so choice 0 equals the n = 1 output.
     is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
     """
@@ -44,6 +49,8 @@ class SamplingParams:
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    num_logprobs: int | None = None
+    num_prompt_logprobs: int | None = None
     n: int = 1
     is_speculation_enabled: bool = True
 
@@ -65,8 +72,11 @@ class SamplingParams:
                     f"logit_bias of token {token_id} must be between -100 and 100, got {value}.", param="logit_bias"
                 )
         self._check("seed", self.seed is None or -(2**63) <= self.seed < 2**63, "a 64-bit integer")
-        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 1, "at least 1")
+        self._check("max_tokens", self.max_tokens is None or self.max_tokens >= 0, "at least 0")
         self._check("min_tokens", self.min_tokens >= 0, "at least 0")
+        for name in ("num_logprobs", "num_prompt_logprobs"):
+            count = getattr(self, name)
+            self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
         self._check("n", 1 <= self.n <= 128, "between 1 and 128")
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import msgspec
 
-from medusa_core.outputs import FinishReason
+from medusa_core.outputs import FinishReason, TokenLogprob
 from medusa_core.params import SamplingParams
 
 
@@ -89,6 +89,7 @@ class LaneResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_draft_nodes: tree nodes offered, root excluded (0: a plain step, or the first token after a prefill).
     draft_depth: longest path offered, in nodes, root excluded.
     num_accepted: accepted draft tokens among token_ids (so len(token_ids) is num_accepted + 1 unless cut).
+    logprobs: of each of token_ids, for a lane that asks for them.
     """
 
     lane: int
@@ -98,13 +99,24 @@ class LaneResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     draft_depth: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = []
+
+
+class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """Of the prompt tokens behind those of one chunk: of tokens start + 1, start + 2, ... of the request."""
+
+    uid: int
+    start: int
+    logprobs: list[TokenLogprob]
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
-    """Results of one step: one LaneResult per lane that had a last chunk or a place in a decode group."""
+    """Results of one step: one LaneResult per lane that had a last chunk or a place in a decode group, and one PromptLogprobs per
+    chunk whose lane asks for them."""
 
     step_id: int
     lanes: list[LaneResult]
+    prompt_logprobs: list[PromptLogprobs] = []
 
 
 class PendingStep(Protocol):

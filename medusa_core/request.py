@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from medusa_core.outputs import TokenLogprob
 from medusa_core.params import SamplingParams
 
 
@@ -55,6 +56,8 @@ class Request:
     lane: int | None = None
     # confirmed tokens only, in order
     output_token_ids: list[int] = field(default_factory=list)
+    # of the prompt's second token and those behind it, as far as they have come back
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     # prompt (and, on resume, output) tokens whose KV is cached or has been planned; exact, unlike the decode length
     num_computed_tokens: int = 0
     # tokens taken from the prefix index at the first admission, for usage.prompt_tokens_details
@@ -74,6 +77,12 @@ class Request:
     @property
     def num_known_tokens(self) -> int:
         return len(self.prompt_token_ids) + len(self.output_token_ids)
+
+    @property
+    def needs_prompt_logprobs(self) -> bool:
+        """True while some of the prompt's log-probabilities are missing: they come from computing it, so none of it may be taken
+        from the cache."""
+        return self.params.num_prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens - 1
 
     @property
     def max_known_tokens(self) -> int:

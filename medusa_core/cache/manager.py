@@ -65,8 +65,10 @@ class CacheManager:
 
     def lookup(self, request: Request) -> list[PrefixNode]:
         """The cached full blocks at the start of the request's known tokens; at most known - 1 tokens, as one must be computed
-        to go on. Changes nothing."""
+        to go on. None of a prompt whose log-probabilities are asked for. Changes nothing."""
         nodes: list[PrefixNode] = []
+        if request.needs_prompt_logprobs:
+            return nodes
         parent: Parent = self._salt(request)
         for block_idx in range((request.num_known_tokens - 1) // self.block_size):
             node = self._index.find(parent, self._block_tokens(request, block_idx))
@@ -93,7 +95,7 @@ class CacheManager:
         table.block_ids += self._take(num_new)
         self._tables[request.uid] = table
         num_cached_tokens = len(hits) * self.block_size
-        if request.num_preemptions == 0:
+        if request.num_preemptions == 0 and not request.needs_prompt_logprobs:
             self.num_prefix_query_tokens += request.num_known_tokens
             self.num_prefix_hit_tokens += num_cached_tokens
         return Allocation(list(table.block_ids), num_cached_tokens)

@@ -130,7 +130,7 @@ def _captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
     from medusa_core.attention.kernel_context import BlockTables, tree_workspace
     from medusa_core.kernels.attention import chunk_tile_rows
     from medusa_core.kernels.support import can_overlap_launches
-    from medusa_core.runtime.device_step import StepParts
+    from medusa_core.runtime.device_step import StepParts, hidden_stores
     from medusa_core.runtime.graph_runner import GraphRunner
     from medusa_core.runtime.kernel_check import check_kernels
 
@@ -149,6 +149,7 @@ def _captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
         tables=tables,
         workspace=workspace,
         tile_rows=tile_rows,
+        **hidden_stores(lanes, parts.topology.max_depth + 1, scheduler.max_step_tokens),
         use_pdl=can_overlap_launches(loaded.device),
     )
     runner = GraphRunner(

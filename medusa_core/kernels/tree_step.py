@@ -103,6 +103,9 @@ def _walk_kernel(
     spare_slot,
     hidden,
     lane_hidden,
+    has_logprobs,
+    path_hidden,
+    path_levels,
     count,
     vocab_size,
     result,
@@ -141,6 +144,7 @@ def _walk_kernel(
     kept = known * 0
     code = known * 0
     last_node = known * 0
+    has_path = tl.load(has_logprobs + lane)
     for level in range(num_levels):
         x = tl.sum(tl.where(node == current, drawn, 0))
         tl.store(out + level, tl.where(is_open > 0, x, -1))
@@ -155,6 +159,12 @@ def _walk_kernel(
         target_slot = _slot(block_table, lane, known - 1 + level, block_size, table_width, spare_slot, has_move)
         tl.store(source + b * num_levels + level, tl.where(has_move, source_slot, -1))
         tl.store(target + b * num_levels + level, tl.where(has_move, target_slot, -1))
+        if keeps * has_path > 0:
+            for start in range(0, hidden_size, hidden_block):
+                column = start + tl.arange(0, hidden_block)
+                values = tl.load(hidden + (b * num_nodes + current) * hidden_size + column, mask=column < hidden_size)
+                path_row = lane * path_levels + level
+                tl.store(path_hidden + path_row * hidden_size + column, values, mask=column < hidden_size)
         kept += keeps
         last_node = tl.where(keeps > 0, current, last_node)
         is_stop = tl.max(((stops == x) & (stops >= 0)).to(tl.int64))
@@ -306,6 +316,8 @@ def walk_trees(
     stop_ids_PW: Tensor,
     tokens_PL: Tensor,
     hidden_PE: Tensor,
+    has_logprobs_P: Tensor,
+    path_hidden_PLE: Tensor,
     count_PV: Tensor,
     block_table_PX: Tensor,
     block_size: int,
@@ -315,8 +327,9 @@ def walk_trees(
 ) -> tuple[Tensor, Tensor]:
     """Walk each lane's tree along `drawn_T`, the token the model drew at every node, and update the lane.
 
-    Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from) and count_PV (how
-    often each token was kept, int32) of the lanes in lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1
+    Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from), path_hidden_PLE
+    (those of all kept tokens, where has_logprobs_P, int64, is 1; as many levels as any walk has, or more) and count_PV (how often
+    each token was kept, int32) of the lanes in lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1
     beyond its end), then how many were drawn, how many kept, and the finish code of speculation/verify.py. A lane that had finished
     keeps nothing.
 
@@ -342,6 +355,9 @@ def walk_trees(
         spare_slot,
         hidden_TE,
         hidden_PE,
+        has_logprobs_P,
+        path_hidden_PLE,
+        path_hidden_PLE.shape[1],
         count_PV,
         count_PV.shape[1],
         result_BR,

@@ -30,11 +30,23 @@ from medusa_core.runtime.runner import DeviceModel
 from medusa_core.speculation.device_tree import DeviceTree
 
 
+def hidden_stores(lanes: LaneState, num_levels: int, max_chunk_rows: int) -> dict[str, Tensor]:
+    """The two stores of `StepParts` that log-probabilities are computed from. num_levels: of the deepest tree, root included.
+    max_chunk_rows: most rows of a prefill step."""
+    hidden_PE = lanes.hidden_PE
+    return {
+        "path_hidden_PLE": hidden_PE.new_zeros(hidden_PE.shape[0], num_levels, hidden_PE.shape[1]),
+        "chunk_hidden_TE": hidden_PE.new_zeros(max_chunk_rows, hidden_PE.shape[1]),
+    }
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepParts:
     """What all steps of a runner share.
 
     tile_rows: query rows of one tile of the chunk attention. use_pdl: overlap launches (kernels.support.can_overlap_launches).
+    path_hidden_PLE: hidden states that the latest tokens of a lane were drawn from, of lanes that ask for log-probabilities.
+    chunk_hidden_TE: those of the latest prefill step.
     """
 
     model: DeviceModel
@@ -43,6 +55,8 @@ class StepParts:
     tables: BlockTables
     workspace: SplitWorkspace
     tile_rows: int
+    path_hidden_PLE: Tensor
+    chunk_hidden_TE: Tensor
     use_pdl: bool
 
     def draw(
@@ -101,6 +115,8 @@ class StepParts:
             stop_ids_PW=lanes.stop_ids_PW,
             tokens_PL=lanes.tokens_PL,
             hidden_PE=lanes.hidden_PE,
+            has_logprobs_P=lanes.has_logprobs_P,
+            path_hidden_PLE=self.path_hidden_PLE,
             count_PV=lanes.penalties.count_PV,
             block_table_PX=self.tables.table_PX,
             block_size=self.tables.block_size,
@@ -229,6 +245,7 @@ class PrefillStep:
             parts.kv_store, slot_T, tables, tiles_4Q=tiles.to(torch.int32).view(4, -1), tile_rows=parts.tile_rows
         )
         hidden_TE = parts.model.forward(lanes.tokens_PL[lane_T, position_T], position_T, context)
+        parts.chunk_hidden_TE[: self.num_rows].copy_(hidden_TE)
         hidden_CE = hidden_TE[draw_row_C]
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
         # a tree of one node has no drafts on the way, so its token does not matter

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -26,7 +27,10 @@ from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
+from medusa_core.runtime.lanes import HostLane
+from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
 from medusa_core.runtime.results import lane_result
+from medusa_core.sampling.logprobs import logprobs_of_hidden
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 
@@ -44,24 +48,32 @@ class _LaunchedGroup:
     """Lanes of one launch, and where their result rows arrive."""
 
     lanes: Sequence[int]
-    uids: list[int]
+    hosts: list[HostLane]
     tree: DeviceTree
     result_BR: Tensor
+    logprobs: PathLogprobs | None
 
 
 class PendingGraphResult:
     """A launched step (plan.PendingStep)."""
 
-    def __init__(self, step_id: int, groups: list[_LaunchedGroup], is_done: torch.cuda.Event | None) -> None:
+    def __init__(
+        self, step_id: int, groups: list[_LaunchedGroup], chunks: list[ChunkLogprobs], is_done: torch.cuda.Event | None
+    ) -> None:
         self._step_id = step_id
         self._groups = groups
+        self._chunks = chunks
         self._is_done = is_done
 
     def result(self) -> StepResult:
         """Wait for the step's copies, not for what was launched behind it."""
         if self._is_done is not None:
             self._is_done.synchronize()
-        return StepResult(step_id=self._step_id, lanes=[lane for group in self._groups for lane in _read(group)])
+        return StepResult(
+            step_id=self._step_id,
+            lanes=[lane for group in self._groups for lane in _read(group)],
+            prompt_logprobs=[chunk.read() for chunk in self._chunks],
+        )
 
 
 class GraphRunner:
@@ -132,8 +144,13 @@ class GraphRunner:
         """Apply lane changes, launch the decode groups, then the chunks."""
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         groups = [self._launch_group(group) for group in plan.decode_groups]
-        groups += [group for chunks in _launches(plan.chunks, self._max_chunk_rows) if (group := self._launch_chunks(chunks))]
-        return PendingGraphResult(plan.step_id, groups, self._record() if groups else None)
+        prompt_logprobs: list[ChunkLogprobs] = []
+        for chunks in _launches(plan.chunks, self._max_chunk_rows):
+            group = self._launch_chunks(chunks)
+            groups += [group] if group is not None else []
+            prompt_logprobs += self._prompt_logprobs(chunks)
+        is_done = self._record() if groups or prompt_logprobs else None
+        return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done)
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:
@@ -199,6 +216,31 @@ class GraphRunner:
         self._launcher(step)()
         return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
 
+    def _prompt_logprobs(self, chunks: list[PrefillChunk]) -> list[ChunkLogprobs]:
+        """Of the chunks just launched whose lanes ask for them."""
+        reads, row = [], 0
+        for chunk in chunks:
+            read = self._lanes.prompt_targets(chunk)
+            if read is not None:
+                target_n, num_top = read
+                hidden_nE = self._parts.chunk_hidden_TE[row : row + target_n.shape[0]]
+                rows = logprobs_of_hidden(hidden_nE, target_n, num_top, project=self._parts.model.project)
+                reads.append(ChunkLogprobs(self._lanes.host[chunk.lane].uid, chunk.start, to_host(rows)))
+            row += chunk.num_tokens
+        return reads
+
+    def _path_logprobs(self, lanes: Sequence[int], result_BR: Tensor) -> PathLogprobs | None:
+        """Of the tokens just drawn. Not part of the captured step: only lanes that ask for them pay, and for their paths alone."""
+        places, num_top = self._lanes.with_logprobs(lanes)
+        if not places:
+            return None
+        num_levels = result_BR.shape[1] - NUM_RESULT_COLUMNS
+        place_b, lane_b = self._lanes.upload(np.array([places, [lanes[place] for place in places]], dtype=np.int64))
+        hidden_bLE = self._parts.path_hidden_PLE[lane_b, :num_levels]
+        token_bL = result_BR[place_b, :num_levels].clamp(min=0)
+        rows = logprobs_of_hidden(hidden_bLE.flatten(0, 1), token_bL.flatten(), num_top, project=self._parts.model.project)
+        return PathLogprobs(places, num_levels, to_host(rows))
+
     def _load_lanes(self, size: int, lanes: list[int]) -> None:
         if self._loaded.get(size) != lanes:
             self._loaded[size] = list(lanes)
@@ -213,7 +255,8 @@ class GraphRunner:
         """Start the copy of the lanes' result rows; the step's own buffer is free for its next launch behind it."""
         host_BR = torch.empty(len(lanes), result_BR.shape[1], dtype=torch.int64, pin_memory=self._is_cuda)
         host_BR.copy_(result_BR[: len(lanes)], non_blocking=True)
-        return _LaunchedGroup(lanes, [self._lanes.host[lane].uid for lane in lanes], tree, host_BR)
+        hosts = [self._lanes.host[lane] for lane in lanes]
+        return _LaunchedGroup(lanes, hosts, tree, host_BR, self._path_logprobs(lanes, result_BR))
 
     def _record(self) -> torch.cuda.Event | None:
         if not self._is_cuda:
@@ -280,7 +323,9 @@ def _capture(step: Callable[[], object], warm_up: torch.cuda.Stream, pool: Any) 
 
 def _read(group: _LaunchedGroup) -> list[LaneResult]:
     tree, num_levels = group.tree, group.result_BR.shape[1] - NUM_RESULT_COLUMNS
+    logprobs = group.logprobs.by_place() if group.logprobs is not None else {}
+    rows = zip(group.lanes, group.hosts, group.result_BR.tolist(), strict=True)
     return [
-        lane_result(lane, uid, tree, row[:num_levels], *row[num_levels:])
-        for lane, uid, row in zip(group.lanes, group.uids, group.result_BR.tolist(), strict=True)
+        lane_result(lane, host, tree, logprobs.get(place, ()), row[:num_levels], *row[num_levels:])
+        for place, (lane, host, row) in enumerate(rows)
     ]

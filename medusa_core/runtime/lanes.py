@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from medusa_core.params import SamplingParams
-from medusa_core.plan import BlockAppend, LaneJoin, StepPlan
+from medusa_core.plan import BlockAppend, LaneJoin, PrefillChunk, StepPlan
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.penalties import PenaltyRows
 from medusa_core.sampling.sampler import SamplingRows
 
 # Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
-_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished", "has_penalties")
+_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished", "has_penalties", "has_logprobs")
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
 _ENDLESS = 2**31
 
@@ -34,6 +34,7 @@ class HostLane:
 
     uid: int
     params: SamplingParams
+    num_prompt_tokens: int
     num_blocks: int
 
 
@@ -83,6 +84,7 @@ class LaneState:
             self.min_tokens_P,
             self.is_finished_P,
             self.has_penalties_P,
+            self.has_logprobs_P,
         ) = self._integers
         self.temperature_P, self.top_p_P, self.min_p_P, self.repetition_P, self.frequency_P, self.presence_P = self._floats
         self.penalties = PenaltyState(num_lanes, vocab_size, device)
@@ -114,6 +116,22 @@ class LaneState:
             params.is_greedy and params.min_tokens == 0 and not params.has_penalties
             for params in (self.host[lane].params for lane in lanes)
         )
+
+    def with_logprobs(self, lanes: Sequence[int]) -> tuple[list[int], int]:
+        """Which of the lanes ask for log-probabilities of their output, by position, and for how many alternatives at most."""
+        counts = {at: count for at, lane in enumerate(lanes) if (count := self.host[lane].params.num_logprobs) is not None}
+        return list(counts), max(counts.values(), default=0)
+
+    def prompt_targets(self, chunk: PrefillChunk) -> tuple[Tensor, int] | None:
+        """The prompt tokens behind those of the chunk, int64, and for how many alternatives of each its lane asks.
+
+        None where it asks for none of the prompt's log-probabilities, or no prompt token follows.
+        """
+        host = self.host[chunk.lane]
+        end = min(chunk.start + chunk.num_tokens + 1, host.num_prompt_tokens)
+        if host.params.num_prompt_logprobs is None or chunk.start + 1 >= end:
+            return None
+        return self.tokens_PL[chunk.lane, chunk.start + 1 : end], host.params.num_prompt_logprobs
 
     def block_table(self, lanes: Sequence[int], index_B: Tensor) -> Tensor:
         """int64 [B, X], as narrow as the lanes allow. `index_B` is `index(lanes)`, made once per step."""
@@ -167,13 +185,14 @@ class LaneState:
         stop_ids_JW = np.full((len(joins), self.stop_ids_PW.shape[1]), -1, dtype=np.int64)
         for number, join in enumerate(joins):
             params = join.params
-            self.host[join.lane] = HostLane(join.uid, params, 0)
+            self.host[join.lane] = HostLane(join.uid, params, join.num_prompt_tokens, 0)
             # 64 random bits as a signed number
             key = join.noise_key - 2**64 if join.noise_key >= 2**63 else join.noise_key
             # Larger than any vocabulary or context is as good as endless, and fits the tensor.
             top_k, min_tokens = min(params.top_k, _ENDLESS), min(params.min_tokens, _ENDLESS)
             known = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens)
-            integers[:, number] = (*known, key, top_k, min_tokens, 0, int(params.has_penalties))
+            asks_for = (int(params.has_penalties), int(params.num_logprobs is not None))
+            integers[:, number] = (*known, key, top_k, min_tokens, 0, *asks_for)
             penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
             floats[:, number] = (params.temperature, params.top_p, params.min_p, *penalties)
             stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]

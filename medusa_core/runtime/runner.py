@@ -18,11 +18,13 @@ from medusa_core.attention.context import AttentionContext, PagedContext
 from medusa_core.attention.segments import AttentionBackend, Segment
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.kv_store import KVStore
-from medusa_core.runtime.lanes import LaneState
+from medusa_core.runtime.lanes import HostLane, LaneState
+from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
 from medusa_core.runtime.results import lane_result
+from medusa_core.sampling.logprobs import logprobs_of_hidden, token_logprobs
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
-from medusa_core.speculation.verify import cut_walk, walk_tree
+from medusa_core.speculation.verify import Walk, cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
 
 
@@ -61,24 +63,30 @@ class _GroupResult:
     """Device tensors of one verified group, read back in `result`."""
 
     lanes: list[int]
-    uids: list[int]
+    hosts: list[HostLane]
     tree: DeviceTree
     token_ids_BL: Tensor
     length_B: Tensor
     num_kept_B: Tensor
     finish_code_B: Tensor
+    logprobs: PathLogprobs | None
 
 
 class PendingResult:
     """A launched step (plan.PendingStep)."""
 
-    def __init__(self, step_id: int, groups: list[_GroupResult]) -> None:
+    def __init__(self, step_id: int, groups: list[_GroupResult], chunks: list[ChunkLogprobs]) -> None:
         self._step_id = step_id
         self._groups = groups
+        self._chunks = chunks
 
     def result(self) -> StepResult:
         """Wait for the device and read the step back."""
-        return StepResult(step_id=self._step_id, lanes=[lane for group in self._groups for lane in _read_group(group)])
+        return StepResult(
+            step_id=self._step_id,
+            lanes=[lane for group in self._groups for lane in _read_group(group)],
+            prompt_logprobs=[chunk.read() for chunk in self._chunks],
+        )
 
 
 class ModelRunner:
@@ -99,12 +107,13 @@ class ModelRunner:
         """Apply lane changes, run the step's rows, launch verification and commit."""
         self._lanes.apply(plan, self._model.eos_token_ids)
         if not plan.has_rows:
-            return PendingResult(plan.step_id, [])
+            return PendingResult(plan.step_id, [], [])
         rows = self._pack(plan)
         hidden_TE = self._forward(rows)
+        chunks = self._prompt_logprobs(plan.chunks, hidden_TE)
         drawing = [part for part in rows if part.has_draw]
         if not drawing:
-            return PendingResult(plan.step_id, [])
+            return PendingResult(plan.step_id, [], chunks)
         verified_hidden = [_verified_rows(part, hidden_TE) for part in drawing]
         logits_TV = self._model.project(torch.cat([hidden.flatten(0, 1) for hidden in verified_hidden]))
         groups, start = [], 0
@@ -113,7 +122,7 @@ class ModelRunner:
             logits_BNV = logits_TV[start : start + num_rows].view(*hidden_BNE.shape[:2], -1)
             groups.append(self._verify(part, hidden_BNE, logits_BNV))
             start += num_rows
-        return PendingResult(plan.step_id, groups)
+        return PendingResult(plan.step_id, groups, chunks)
 
     def _pack(self, plan: StepPlan) -> list[_Rows]:
         rows: list[_Rows] = []
@@ -159,6 +168,29 @@ class ModelRunner:
         position_ids_T = context.position_ids().clamp(max=self._lanes.max_model_len - 1)
         return self._model.forward(token_ids_T, position_ids_T, context)
 
+    def _prompt_logprobs(self, chunks: Sequence[PrefillChunk], hidden_TE: Tensor) -> list[ChunkLogprobs]:
+        """Of the chunks whose lanes ask for them. Chunks are the first rows of a step."""
+        reads, row = [], 0
+        for chunk in chunks:
+            read = self._lanes.prompt_targets(chunk)
+            if read is not None:
+                target_n, num_top = read
+                hidden_nE = hidden_TE[row : row + target_n.shape[0]]
+                logprobs = logprobs_of_hidden(hidden_nE, target_n, num_top, project=self._model.project)
+                reads.append(ChunkLogprobs(self._lanes.host[chunk.lane].uid, chunk.start, to_host(logprobs)))
+            row += chunk.num_tokens
+        return reads
+
+    def _path_logprobs(self, lanes: list[int], walk: Walk, logits_BNV: Tensor) -> PathLogprobs | None:
+        places, num_top = self._lanes.with_logprobs(lanes)
+        if not places:
+            return None
+        place_b = torch.tensor(places, device=logits_BNV.device)
+        logits_bLV = logits_BNV[place_b.unsqueeze(1), walk.node_BL[place_b]]
+        token_bL = walk.token_ids_BL[place_b].clamp(min=0)
+        rows = token_logprobs(logits_bLV.flatten(0, 1), token_bL.flatten(), num_top)
+        return PathLogprobs(places, token_bL.shape[1], to_host(rows))
+
     def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:
         lanes, state = part.lanes, self._lanes
         # A last chunk draws from its last row only: a tree of one node.
@@ -185,8 +217,9 @@ class ModelRunner:
         state.hidden_PE[index_B] = hidden_BNE[torch.arange(len(lanes), device=node_B.device), node_B]
         state.num_known_P[index_B] = known_B + kept_B
         state.is_finished_P[index_B] |= (code_B > 0).to(torch.int64)
-        uids = [state.host[lane].uid for lane in lanes]
-        return _GroupResult(lanes, uids, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B)
+        hosts = [state.host[lane] for lane in lanes]
+        logprobs = self._path_logprobs(lanes, walk, logits_BNV)
+        return _GroupResult(lanes, hosts, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B, logprobs)
 
     def _commit_path(self, segment: Segment, node_BL: Tensor, kept_B: Tensor) -> None:
         """Move the K/V of accepted nodes to the slots right behind the root. The last kept token is the new root: not cached."""
@@ -219,5 +252,6 @@ def _verified_rows(part: _Rows, hidden_TE: Tensor) -> Tensor:
 
 def _read_group(group: _GroupResult) -> list[LaneResult]:
     columns = (group.token_ids_BL, group.length_B, group.num_kept_B, group.finish_code_B)
-    rows = zip(group.lanes, group.uids, *(column.tolist() for column in columns), strict=True)
-    return [lane_result(lane, uid, group.tree, *row) for lane, uid, *row in rows]
+    rows = zip(group.lanes, group.hosts, *(column.tolist() for column in columns), strict=True)
+    logprobs = group.logprobs.by_place() if group.logprobs is not None else {}
+    return [lane_result(lane, host, group.tree, logprobs.get(place, ()), *row) for place, (lane, host, *row) in enumerate(rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, QueueFullError
 from medusa_core.request import EngineRequest, Request
@@ -32,13 +32,15 @@ def make_choices(request: EngineRequest, limits: Limits, uids: Iterator[int]) ->
         raise InvalidParameterError(
             f"n must be at most {limits.max_queued_requests}, the length of the queue, got {request.params.n}.", param="n"
         )
+    # the first choice computes the prompt for all
+    later_params = replace(request.params, num_prompt_logprobs=None)
     return [
         Request(
             uid=next(uids),
             request_id=request.request_id,
             choice_idx=choice_idx,
             prompt_token_ids=request.prompt_token_ids,
-            params=request.params,
+            params=later_params if choice_idx else request.params,
             noise_key=noise_key(request.params.seed, choice_idx),
             max_total_tokens=max_total_tokens,
             priority=request.priority,
@@ -66,8 +68,8 @@ def _max_total_tokens(request: EngineRequest, limits: Limits) -> int:
     num_prompt, max_tokens = len(request.prompt_token_ids), request.params.max_tokens
     if num_prompt == 0:
         raise PromptError("The prompt is empty.", param="prompt", hint="Send at least one token.")
-    # One token of output must fit.
-    num_needed = num_prompt + (max_tokens or 1)
+    # Unless none is wanted, one token of output must fit.
+    num_needed = num_prompt + (1 if max_tokens is None else max_tokens)
     parts = f"{num_prompt} of the prompt and {'at least 1' if max_tokens is None else max_tokens} of output"
     param = "prompt" if max_tokens is None or num_prompt >= limits.max_total_tokens else "max_tokens"
     if num_needed > limits.max_model_len:

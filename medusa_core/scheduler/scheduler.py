@@ -161,6 +161,11 @@ class Scheduler:
         step = self._in_flight.land(result.step_id)
         for request, chunk in step.chunks:
             self._confirm_chunk(request, chunk)
+        for read in result.prompt_logprobs:
+            request = step.requests[read.uid]
+            # a prompt that is computed again, after a preemption, has some already
+            if read.start == len(request.prompt_logprobs):
+                request.prompt_logprobs += read.logprobs
         deltas = []
         for lane_result in result.lanes:
             request = step.requests[lane_result.uid]
@@ -307,6 +312,8 @@ class Scheduler:
             is_first=is_first,
             num_cached_tokens=request.num_cached_tokens if is_first else 0,
             queue_s=(request.first_scheduled_s or 0.0) - request.arrival_s if is_first else 0.0,
+            logprobs=result.logprobs,
+            prompt_logprobs=request.prompt_logprobs if is_first else [],
         )
 
     def _close(self, request: Request) -> None:

@@ -87,7 +87,7 @@ def cut_walk(walk: Walk, stop_ids_BW: Tensor, room_B: Tensor, is_finished_B: Ten
 
     Args:
         stop_ids_BW: EOS and stop ids, -1 padded.
-        room_B: tokens the lane may still emit, at least 1 unless it has finished.
+        room_B: tokens the lane may still emit, at least 1 unless it has finished or wants none.
         is_finished_B: lanes that ended in an earlier step keep nothing.
     """
     num_levels = walk.token_ids_BL.shape[1]

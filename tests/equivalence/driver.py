@@ -11,7 +11,7 @@ from medusa_core.engine.build import CalibratedHeads, assemble_engine
 from medusa_core.engine.core import EngineCore
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.projection import build_projection
-from medusa_core.outputs import FinishReason
+from medusa_core.outputs import FinishReason, TokenLogprob
 from medusa_core.params import SamplingParams
 from medusa_core.request import EngineRequest
 
@@ -20,6 +20,8 @@ from medusa_core.request import EngineRequest
 class Output:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     num_accepted: int = 0
     num_draft_steps: int = 0
 
@@ -62,6 +64,8 @@ def run(
         for delta in core.step():
             output = outputs.setdefault((int(delta.request_id), delta.choice_idx), Output())
             output.token_ids += delta.token_ids
+            output.logprobs += delta.logprobs
+            output.prompt_logprobs += delta.prompt_logprobs
             output.num_accepted += delta.num_accepted
             output.num_draft_steps += delta.num_draft_nodes > 0
             if delta.finish_reason is not None:

@@ -137,6 +137,13 @@ def test_walk_cut_and_lane_state(name, seed):
 
     counted, expected_counts = (PenaltyState(NUM_LANES - 1, VOCAB, torch.device(options.device)) for _ in range(2))
     expected_counts.count(lane_B, walk.token_ids_BL, kept_B)
+    has_logprobs = torch.tensor([1, 1, 0, 1, 0, 0], device=options.device)[:NUM_LANES]
+    path_hidden = torch.zeros(NUM_LANES, num_levels + 1, HIDDEN, device=options.device)
+    expected_path = path_hidden.clone()
+    for row, lane in enumerate(lane_B.tolist()):
+        if has_logprobs[lane]:
+            kept = int(kept_B[row])
+            expected_path[lane, :kept] = hidden_BNE[row, walk.node_BL[row, :kept]]
     result = torch.full((num_lanes, num_levels + 3), -9, device=options.device)
     source, target = walk_trees(
         lane_B,
@@ -151,6 +158,8 @@ def test_walk_cut_and_lane_state(name, seed):
         stop_ids_PW=state.stop_ids,
         tokens_PL=state.tokens,
         hidden_PE=state.hidden,
+        has_logprobs_P=has_logprobs,
+        path_hidden_PLE=path_hidden,
         count_PV=counted.count_PV,
         block_table_PX=state.table,
         block_size=BLOCK_SIZE,
@@ -161,6 +170,7 @@ def test_walk_cut_and_lane_state(name, seed):
     assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B], dim=1))
     assert torch.equal(state.tokens, expected_tokens)
     assert torch.equal(state.hidden, expected_hidden)
+    assert torch.equal(path_hidden, expected_path)
     assert torch.equal(counted.count_PV, expected_counts.count_PV)
     assert int(counted.count_PV.sum()) == int(kept_B.sum())
     assert torch.equal(state.known[lane_B], known_B + kept_B)

@@ -17,7 +17,7 @@ from medusa_core.model.attention_hook import forward_hidden, install_attention, 
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
 from medusa_core.plan import BlockAppend, DecodeGroup, LaneJoin, LaneResult, PrefillChunk, Runner, StepPlan
-from medusa_core.runtime.device_step import StepParts
+from medusa_core.runtime.device_step import StepParts, hidden_stores
 from medusa_core.runtime.graph_runner import MAX_CHUNKS, GraphRunner
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
@@ -71,6 +71,7 @@ def kernel_runner(model: DeviceModel, store: KVStore, lanes: LaneState, num_head
         tables=BlockTables(table_PX=lanes.block_table_PX, block_size=BLOCK_SIZE, spare_slot=store.spare_slot),
         workspace=tree_workspace([(1, 6), (4, 6), (4, 1)], num_heads, shapes, model.device),
         tile_rows=4,
+        **hidden_stores(lanes, TREE.max_depth + 1, 16),
         use_pdl=can_overlap_launches(model.device),
     )
     runner = GraphRunner(parts, TREE, node_sizes=(1, 3, 6), max_rows=24, max_chunk_rows=16)
