@@ -30,8 +30,8 @@ class TokenDelta(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=
     num_draft_nodes, draft_depth, num_accepted: as in plan.LaneResult; all 0 for a step without a draft.
     is_first: holds the choice's first token, which belongs to no decode step.
     num_cached_tokens, queue_s: set with the first delta; prompt tokens found in the prefix cache, seconds waited for a lane.
-    logprobs: of each token, where the request asks for them. prompt_logprobs: with the first delta of the first choice, of each
-        prompt token but the first, where it asks for those.
+    logprobs: of each token, where the request asks for them. prompt_logprobs: with the first delta, of each prompt token but the
+        first, where it asks for those.
     """
 
     request_id: str

@@ -56,7 +56,7 @@ class Request:
     lane: int | None = None
     # confirmed tokens only, in order
     output_token_ids: list[int] = field(default_factory=list)
-    # of the prompt's second token and those behind it, as far as they have come back
+    # of the prompt's second token and those behind it, as far as they have come back; one list for all choices of a request
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     # prompt (and, on resume, output) tokens whose KV is cached or has been planned; exact, unlike the decode length
     num_computed_tokens: int = 0

@@ -9,7 +9,7 @@ from typing import Any
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, UnsupportedParameterError
 from medusa_core.outputs import EngineInfo
-from medusa_core.params import SamplingParams
+from medusa_core.params import MAX_LOGPROBS, SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.protocol.chat import AssistantMessage, ChatBody, Message
@@ -114,6 +114,11 @@ def _parse_arguments(arguments: str) -> Any:
 
 
 def _check_common(body: GenerationBody) -> None:
+    if isinstance(body, ChatBody) and body.top_logprobs and not body.logprobs:
+        raise InvalidParameterError("top_logprobs is allowed only with logprobs: true.", param="top_logprobs")
+    count, field = body.num_logprobs, "top_logprobs" if isinstance(body, ChatBody) else "logprobs"
+    if count is not None and not 0 <= count <= MAX_LOGPROBS:
+        raise InvalidParameterError(f"{field} must be between 0 and {MAX_LOGPROBS}, got {count}.", param=field)
     if body.stream_options is not None and not body.stream:
         raise InvalidParameterError("stream_options is allowed only with stream: true.", param="stream_options")
 
@@ -181,14 +186,14 @@ def _max_tokens(body: GenerationBody, prompt: list[int], info: EngineInfo) -> in
     if not prompt:
         raise PromptError("The prompt is empty.", hint="Send at least one token.", param=prompt_field)
     room = info.max_model_len - len(prompt)
-    if room < (asked or 1):
+    if room < (1 if asked is None else asked):
         and_asked = f" and {asked} tokens were asked for" if asked else ""
         raise ContextLengthError(
             f"This model's maximum context length is {info.max_model_len} tokens; the prompt has {len(prompt)}{and_asked}.",
             hint="Shorten the prompt or ask for fewer tokens.",
             param=prompt_field,
         )
-    return asked or (room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS))
+    return (room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS)) if asked is None else asked
 
 
 def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) -> SamplingParams:
@@ -210,5 +215,7 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) ->
         max_tokens=max_tokens,
         stop_token_ids=tuple(stop_token_ids),
         logit_bias=tuple(body.logit_bias.items()),
+        num_logprobs=body.num_logprobs,
+        num_prompt_logprobs=body.num_prompt_logprobs,
         is_speculation_enabled=body.speculative is None or body.speculative.enabled,
     )

@@ -12,7 +12,7 @@ import msgspec
 
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import CapacityError, EngineError, RequestError
-from medusa_core.outputs import FinishReason, TokenDelta
+from medusa_core.outputs import FinishReason, TokenDelta, TokenLogprob
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.convert import Job
@@ -23,13 +23,16 @@ from server.record import RequestRecord
 
 # A struct, as there is one per frame: a frozen dataclass takes five times as long to make.
 class ChoiceUpdate(msgspec.Struct, frozen=True):
-    """New text of one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update. token_ids: of
-    this text and of what was held back before, as far as they count; empty unless asked for."""
+    """New text of one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update. token_ids,
+    logprobs: of this text and of what was held back before, as far as they count; empty unless asked for. prompt_logprobs: in the
+    choice's first update, of each prompt token but the first; empty unless asked for."""
 
     index: int
     text: str
     finish_reason: str | None
     token_ids: list[int] = []
+    logprobs: list[TokenLogprob] = []
+    prompt_logprobs: list[TokenLogprob] = []
 
 
 Updates: TypeAlias = AsyncGenerator[list[ChoiceUpdate], None]
@@ -48,6 +51,8 @@ class _Choice:
     last_delta_s: float | None = None
     # not told yet
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
 class Generation:
@@ -167,6 +172,8 @@ class Generation:
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
             if self._has_token_ids:
                 choice.token_ids += delta.token_ids[: added.num_tokens]
+                choice.logprobs += delta.logprobs[: added.num_tokens]
+                choice.prompt_logprobs += delta.prompt_logprobs
             if self._record is not None:
                 self._record.add(delta, num_kept=added.num_tokens, now_s=now)
             if choice.last_delta_s is None:
@@ -181,13 +188,18 @@ class Generation:
             choice.last_delta_s = now
         if reason is None and not text:
             return None
+        if reason is not None:
+            self._close(choice, reason.value)
+            if choice.is_running:
+                self._stopped.append(choice)
+        return self._update(choice, text, reason)
+
+    def _update(self, choice: _Choice, text: str, reason: FinishReason | None) -> ChoiceUpdate:
+        """With all that was not told yet."""
         token_ids, choice.token_ids = choice.token_ids, []
-        if reason is None:
-            return ChoiceUpdate(choice.index, text, None, token_ids)
-        self._close(choice, reason.value)
-        if choice.is_running:
-            self._stopped.append(choice)
-        return ChoiceUpdate(choice.index, text, reason.value, token_ids)
+        logprobs, choice.logprobs = choice.logprobs, []
+        prompt_logprobs, choice.prompt_logprobs = choice.prompt_logprobs, []
+        return ChoiceUpdate(choice.index, text, reason and reason.value, token_ids, logprobs, prompt_logprobs)
 
     async def _abort_stopped(self) -> None:
         """The engine does not know that a stop string has ended these choices."""

@@ -9,8 +9,20 @@ from typing import Protocol
 
 import msgspec
 
+from medusa_core.outputs import TokenLogprob
+from medusa_core.text import TextProcessor
 from server.generation import ChoiceUpdate
-from server.protocol.chat import ChatBody, ChatChoice, ChatChunk, ChatChunkChoice, ChatCompletion, ChatDelta, ChatMessage
+from server.logprobs import CompletionLogprobWriter, chat_logprobs
+from server.protocol.chat import (
+    ChatBody,
+    ChatChoice,
+    ChatChunk,
+    ChatChunkChoice,
+    ChatCompletion,
+    ChatDelta,
+    ChatLogprobs,
+    ChatMessage,
+)
 from server.protocol.common import OptionalIds, OptionalMetrics, OptionalUsage, RequestMetrics, Usage
 from server.protocol.completions import Completion, CompletionBody, CompletionChoice
 
@@ -21,11 +33,22 @@ class FinishedChoice:
 
     texts: list[str] = field(default_factory=list)
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
     finish_reason: str = ""
 
-    @property
-    def text(self) -> str:
-        return "".join(self.texts)
+    def add(self, update: ChoiceUpdate) -> None:
+        self.texts.append(update.text)
+        self.token_ids += update.token_ids
+        self.logprobs += update.logprobs
+        self.prompt_logprobs += update.prompt_logprobs
+        if update.finish_reason is not None:
+            self.finish_reason = update.finish_reason
+
+    def as_update(self, index: int) -> ChoiceUpdate:
+        """All of it at once."""
+        text = "".join(self.texts)
+        return ChoiceUpdate(index, text, self.finish_reason, self.token_ids, self.logprobs, self.prompt_logprobs)
 
 
 class Reply(Protocol):
@@ -47,35 +70,60 @@ class Reply(Protocol):
 class CompletionReply:
     """`text_completion` objects."""
 
-    def __init__(self, body: CompletionBody, reply_id: str, prompts: list[list[int]]) -> None:
+    def __init__(self, body: CompletionBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
         self._id = f"cmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())
         self._no_usage: OptionalUsage = None if body.is_usage_streamed else msgspec.UNSET
-        self._has_ids = bool(body.return_token_ids)
+        self._body = body
+        self._text = text
         # by choice, for those that were not told yet
-        choices = (prompt for prompt in prompts for _ in range(body.n or 1))
-        self._prompts = dict(enumerate(choices)) if self._has_ids else {}
+        self._prompts = dict(enumerate((number, ids) for number, ids in enumerate(prompts) for _ in range(body.n or 1)))
+        self._writers = {index: CompletionLogprobWriter(text.token_bytes, self._is_hidden) for index in self._prompts}
 
     def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
         return ()
 
     def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]:
-        choice = self._choice(update.index, update.text, update.finish_reason, update.token_ids)
-        return (self._object([choice], self._no_usage),)
+        return (self._object([self._choice(update)], self._no_usage),)
 
     def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
         return self._object([], usage, metrics)
 
     def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
-        answers = [self._choice(index, choice.text, choice.finish_reason, choice.token_ids) for index, choice in enumerate(choices)]
+        answers = [self._choice(choice.as_update(index)) for index, choice in enumerate(choices)]
         return self._object(answers, usage, metrics)
 
-    def _choice(self, index: int, text: str, finish_reason: str | None, token_ids: list[int]) -> CompletionChoice:
-        if not self._has_ids:
-            return CompletionChoice(index, text, finish_reason)
-        prompt = self._prompts.pop(index, msgspec.UNSET)
-        return CompletionChoice(index, text, finish_reason, token_ids=token_ids, prompt_token_ids=prompt)
+    def _choice(self, update: ChoiceUpdate) -> CompletionChoice:
+        """With the prompt, where it is echoed, in front of the first text."""
+        choice = CompletionChoice(update.index, update.text, update.finish_reason)
+        token_ids: list[int] = []
+        logprobs: list[TokenLogprob | None] = []
+        if update.index in self._prompts:
+            number, prompt_ids = self._prompts.pop(update.index)
+            if self._body.return_token_ids:
+                choice.prompt_token_ids = prompt_ids
+            if self._body.echo:
+                choice.text = self._prompt_text(number, prompt_ids) + choice.text
+                token_ids, logprobs = prompt_ids, [None, *update.prompt_logprobs]
+        if self._body.return_token_ids:
+            choice.token_ids = update.token_ids
+        if self._body.num_logprobs is not None:
+            writer = self._writers[update.index]
+            choice.logprobs = writer.write([*token_ids, *update.token_ids], [*logprobs, *update.logprobs])
+        return choice
+
+    def _prompt_text(self, number: int, token_ids: list[int]) -> str:
+        """As it was sent, if it was a text."""
+        prompt = self._body.prompt
+        if isinstance(prompt, str):
+            return prompt
+        if isinstance(prompt[number], str):
+            return str(prompt[number])
+        return self._text.decode(token_ids, skip_special_tokens=self._body.skip_special_tokens is not False)
+
+    def _is_hidden(self, token_id: int) -> bool:
+        return self._body.skip_special_tokens is not False and not self._text.decode([token_id])
 
     def _object(
         self, choices: list[CompletionChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET
@@ -89,7 +137,7 @@ class ChatReply:
     The role comes once per choice, before any text and in index order: the SDK appends choices in the order it sees them.
     """
 
-    def __init__(self, body: ChatBody, reply_id: str, prompts: list[list[int]]) -> None:
+    def __init__(self, body: ChatBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
         self._id = f"chatcmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())
@@ -97,6 +145,8 @@ class ChatReply:
         # We have one tier; the API wants it named when the client names one.
         self._tier: str | msgspec.UnsetType = "default" if body.service_tier else msgspec.UNSET
         self._has_ids = bool(body.return_token_ids)
+        self._has_logprobs = body.num_logprobs is not None
+        self._text = text
         self._prompt_ids: OptionalIds = prompts[0] if self._has_ids else msgspec.UNSET
 
     def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
@@ -115,6 +165,7 @@ class ChatReply:
             choices.append(ChatChunkChoice(update.index, ChatDelta(), update.finish_reason))
         if self._has_ids:
             choices[0].token_ids = update.token_ids
+        choices[0].logprobs = self._logprobs(update)
         return [self._chunk([choice], self._no_usage) for choice in choices]
 
     def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
@@ -123,12 +174,13 @@ class ChatReply:
     def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
         answers = [
             ChatChoice(
-                index,
-                ChatMessage(choice.text),
-                choice.finish_reason,
-                token_ids=choice.token_ids if self._has_ids else msgspec.UNSET,
+                update.index,
+                ChatMessage(update.text),
+                update.finish_reason or "",
+                logprobs=self._logprobs(update),
+                token_ids=update.token_ids if self._has_ids else msgspec.UNSET,
             )
-            for index, choice in enumerate(choices)
+            for update in (choice.as_update(index) for index, choice in enumerate(choices))
         ]
         return ChatCompletion(
             id=self._id,
@@ -140,6 +192,9 @@ class ChatReply:
             service_tier=self._tier,
             prompt_token_ids=self._prompt_ids,
         )
+
+    def _logprobs(self, update: ChoiceUpdate) -> ChatLogprobs | None:
+        return chat_logprobs(update.token_ids, update.logprobs, self._text.token_bytes) if self._has_logprobs else None
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET) -> ChatChunk:
         return ChatChunk(

@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from medusa_core.errors import EngineError
+from medusa_core.text import TextProcessor
 from server.body import read_body
 from server.convert import Job, chat_job, completion_job, new_output
 from server.disconnect import ClientGoneError, unless_gone
@@ -44,7 +45,7 @@ async def _respond(
     serving: Serving,
     body_class: type[B],
     make_job: Callable[..., Job],
-    make_reply: Callable[[B, str, list[list[int]]], Reply],
+    make_reply: Callable[[B, str, list[list[int]], TextProcessor], Reply],
 ) -> Response:
     # A server that takes no requests says so whatever they contain, but only once it has received them: a connection that closes on
     # data still under way is reset, and the client may never see the answer.
@@ -62,9 +63,9 @@ async def _respond(
         partial(new_output, body, model),
         model.metrics,
         max_depth=model.info.max_depth,
-        has_token_ids=bool(body.return_token_ids),
+        has_token_ids=bool(body.return_token_ids) or body.num_logprobs is not None,
     )
-    reply = make_reply(body, unique_id, generation.prompts)
+    reply = make_reply(body, unique_id, generation.prompts, model.text)
     try:
         if body.stream:
             return await _stream(request, serving, body, generation, reply)
@@ -92,8 +93,5 @@ async def _whole(generation: Generation, reply: Reply) -> Response:
     async with aclosing(generation.updates()) as updates:
         async for batch in updates:
             for update in batch:
-                choices[update.index].texts.append(update.text)
-                choices[update.index].token_ids += update.token_ids
-                if update.finish_reason is not None:
-                    choices[update.index].finish_reason = update.finish_reason
+                choices[update.index].add(update)
     return json_response(encode(reply.whole(choices, generation.usage, generation.request_metrics)))

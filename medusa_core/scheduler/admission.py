@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, QueueFullError
+from medusa_core.outputs import TokenLogprob
 from medusa_core.request import EngineRequest, Request
 from medusa_core.scheduler.noise import noise_key
 
@@ -34,6 +35,7 @@ def make_choices(request: EngineRequest, limits: Limits, uids: Iterator[int]) ->
         )
     # the first choice computes the prompt for all
     later_params = replace(request.params, num_prompt_logprobs=None)
+    prompt_logprobs: list[TokenLogprob] = []
     return [
         Request(
             uid=next(uids),
@@ -45,6 +47,7 @@ def make_choices(request: EngineRequest, limits: Limits, uids: Iterator[int]) ->
             max_total_tokens=max_total_tokens,
             priority=request.priority,
             arrival_s=request.arrival_s,
+            prompt_logprobs=prompt_logprobs,
         )
         for choice_idx in range(request.params.n)
     ]

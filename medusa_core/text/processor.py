@@ -103,6 +103,10 @@ class TextProcessor:
         """Each token as the vocabulary spells it."""
         return self._tokenizer.strings(token_ids)
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, perhaps a part of a character; special tokens as they are spelt."""
+        return self._tokenizer.token_bytes(token_id)
+
     def tokenizer_info(self) -> dict[str, Any]:
         """The tokenizer, named as in tokenizer_config.json, with the chat template that is in use."""
         return self._tokenizer.info() | {"chat_template": self._chat_template.source}

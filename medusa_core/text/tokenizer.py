@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +93,25 @@ class Tokenizer:
         """The tokens as the vocabulary spells them; empty for ids that the tokenizer does not know."""
         return [token or "" for token in self.hf_tokenizer.convert_ids_to_tokens(list(token_ids))]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token adds to a text, special tokens as they are spelt; none for ids that the tokenizer does not know.
+
+        They may be a part of a character. A token that starts with a space keeps it, though a text that starts with the token may
+        not.
+        """
+        if token_id in self.byte_values:
+            return bytes([self.byte_values[token_id]])
+        token = self.hf_tokenizer.convert_ids_to_tokens(token_id)
+        if token is None:
+            return b""
+        added = self.hf_tokenizer.added_tokens_decoder.get(token_id)
+        if added is not None:
+            return str(added.content).encode()
+        if self._piece_texts:
+            return bytes(_byte_alphabet()[character] for character in token)
+        # The second of two, since a text's first token may lose its space.
+        return self.decode([token_id] * 2)[len(self.decode([token_id])) :].encode()
+
     def info(self) -> dict[str, Any]:
         """Its class in transformers, and under the names of `tokenizer_config.json` its special tokens and chat template."""
         tokenizer = self.hf_tokenizer
@@ -111,6 +130,14 @@ class Tokenizer:
     def piece_texts(self, *, skip_special_tokens: bool = True) -> PieceTexts | None:
         """Texts of tokens for tokenizers that give a token the same bytes whatever is around it; None for others."""
         return self._piece_texts.get(skip_special_tokens)
+
+
+@cache
+def _byte_alphabet() -> dict[str, int]:
+    """The byte that each character of a byte-level vocabulary stands for."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    return {character: value for value, character in bytes_to_unicode().items()}
 
 
 def _is_byte_level(hf_tokenizer: Any) -> bool:

@@ -8,7 +8,17 @@ import msgspec
 from pydantic import BeforeValidator, Field
 from pydantic_core import PydanticCustomError
 
-from server.protocol.common import Body, GenerationBody, NumTokens, OptionalIds, OptionalMetrics, OptionalUsage, invalid, only
+from server.protocol.common import (
+    Body,
+    GenerationBody,
+    Int32,
+    NumTokens,
+    OptionalIds,
+    OptionalMetrics,
+    OptionalUsage,
+    invalid,
+    only,
+)
 
 
 def _check_content(value: object) -> object:
@@ -78,6 +88,8 @@ class ChatBody(GenerationBody):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Int32 | None = None
 
     # Accepted: they carry no promise about the output of a server like this one.
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
@@ -91,8 +103,6 @@ class ChatBody(GenerationBody):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
-    logprobs: Annotated[Any, only(None, False)] = None
-    top_logprobs: Annotated[Any, only(None, 0)] = None
     response_format: Annotated[Any, only(None, {"type": "text"})] = None
     tools: Annotated[Any, only(None, [])] = None
     tool_choice: Annotated[Any, only(None, "none", "auto")] = None
@@ -103,6 +113,30 @@ class ChatBody(GenerationBody):
     prediction: Annotated[Any, only(None)] = None
     moderation: Annotated[Any, only(None)] = None
     web_search_options: Annotated[Any, only(None)] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+
+class TopLogprob(msgspec.Struct):
+    """bytes: of the token in UTF-8, as it may be a part of a character."""
+
+    token: str
+    logprob: float
+    bytes: list[int]
+
+
+class ChatTokenLogprob(msgspec.Struct):
+    token: str
+    logprob: float
+    bytes: list[int]
+    top_logprobs: list[TopLogprob]
+
+
+class ChatLogprobs(msgspec.Struct):
+    content: list[ChatTokenLogprob]
+    refusal: None = None
 
 
 class ChatMessage(msgspec.Struct):
@@ -115,7 +149,7 @@ class ChatChoice(msgspec.Struct):
     index: int
     message: ChatMessage
     finish_reason: str
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: OptionalIds = msgspec.UNSET
 
 
@@ -140,7 +174,7 @@ class ChatChunkChoice(msgspec.Struct):
     index: int
     delta: ChatDelta
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     token_ids: OptionalIds = msgspec.UNSET
 
 

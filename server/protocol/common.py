@@ -132,6 +132,16 @@ class GenerationBody(Body):
     prompt_logprobs: Annotated[Any, only(None)] = None
 
     @property
+    def num_logprobs(self) -> int | None:
+        """Alternatives per token whose log-probabilities are asked for; None where not even the token's own is."""
+        return None
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        """The same for the prompt."""
+        return None
+
+    @property
     def is_usage_streamed(self) -> bool:
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 

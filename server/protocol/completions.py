@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import msgspec
-from pydantic import BeforeValidator
+from pydantic import BeforeValidator, Field
 
 from server.protocol.common import GenerationBody, Int32, OptionalIds, OptionalMetrics, OptionalUsage, invalid, only
 
@@ -30,18 +30,40 @@ def _check_prompt(value: object) -> object:
 
 class CompletionBody(GenerationBody):
     prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    # 0 computes the prompt alone, for its log-probabilities
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     best_of: Int32 | None = None
+    logprobs: Int32 | None = None
+    echo: bool | None = None
 
     suffix: Annotated[Any, only(None, "")] = None
-    logprobs: Annotated[Any, only(None, False)] = None
-    echo: Annotated[Any, only(None, False)] = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    @property
+    def num_prompt_logprobs(self) -> int | None:
+        return self.logprobs if self.echo else None
+
+
+class CompletionLogprobs(msgspec.Struct):
+    """A list each, with an entry per token. The first token of an echoed prompt follows on nothing: null.
+
+    text_offset: where the token's text starts, in characters. top_logprobs: by token, the token itself included.
+    """
+
+    text_offset: list[int]
+    token_logprobs: list[float | None]
+    tokens: list[str]
+    top_logprobs: list[dict[str, float] | None]
 
 
 class CompletionChoice(msgspec.Struct):
     index: int
     text: str
     finish_reason: str | None = None
-    logprobs: None = None
+    logprobs: CompletionLogprobs | None = None
     token_ids: OptionalIds = msgspec.UNSET
     prompt_token_ids: OptionalIds = msgspec.UNSET
 

@@ -33,7 +33,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     (CHAT, {"messages": [{"role": "wizard", "content": "Hi"}]}, 400, "invalid_value", "messages[0]"),
     (COMPLETIONS, {"n": 0}, 400, "invalid_value", "n"),
     (COMPLETIONS, {"n": 1000}, 400, "invalid_value", "n"),
-    (COMPLETIONS, {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
+    (CHAT, {"max_tokens": 0}, 400, "invalid_value", "max_tokens"),
     (COMPLETIONS, {"max_tokens": "8"}, 400, "invalid_value", "max_tokens"),
     (COMPLETIONS, {"temperature": -1}, 400, "invalid_value", "temperature"),
     (COMPLETIONS, {"temperature": 1e300}, 400, "invalid_value", "temperature"),
@@ -42,7 +42,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     (COMPLETIONS, {"stop": list("abcde")}, 400, "invalid_value", "stop"),
     (COMPLETIONS, {"temprature": 1}, 400, "unknown_parameter", "temprature"),
     (COMPLETIONS, {"logit_bias": {"x": 1}}, 400, "invalid_value", "logit_bias"),
-    (COMPLETIONS, {"echo": True}, 400, "unsupported_parameter", "echo"),
+    (COMPLETIONS, {"logprobs": 21}, 400, "invalid_value", "logprobs"),
     (CHAT, {"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
 ]
 WRONG_BODIES = {

@@ -63,14 +63,14 @@ def check_entries(actual: list[TokenLogprob], expected: list[TokenLogprob]) -> N
 
 
 def check(loaded: LoadedModel, outputs: dict[tuple[int, int], Output]) -> None:
-    for (number, choice), output in outputs.items():
+    for (number, _), output in outputs.items():
         params, prompt = PARAMETERS[number], prompts()[number]
         if params.num_logprobs is None:
             assert output.logprobs == []
         else:
             expected = expected_logprobs(loaded, prompt + output.token_ids, params.num_logprobs)
             check_entries(output.logprobs, expected[len(prompt) - 1 :])
-        if params.num_prompt_logprobs is None or choice > 0:
+        if params.num_prompt_logprobs is None:
             assert output.prompt_logprobs == []
         else:
             check_entries(output.prompt_logprobs, expected_logprobs(loaded, prompt, params.num_prompt_logprobs))

@@ -7,6 +7,7 @@ import socket
 from contextlib import AsyncExitStack, asynccontextmanager
 
 import httpx
+import openai
 import pytest
 import uvicorn
 
@@ -79,3 +80,24 @@ class _no_signals:
 
     def __exit__(self, *_):
         return None
+
+
+@pytest.fixture
+async def make_sdk(make_server):
+    clients = []
+
+    async def make(client=None, *, is_strict=True, **options):
+        url = await make_server(client, **options)
+        sdk = openai.AsyncOpenAI(
+            base_url=f"{url}/v1",
+            api_key="key",
+            max_retries=0,
+            _strict_response_validation=is_strict,
+            http_client=httpx.AsyncClient(trust_env=False),
+        )
+        clients.append(sdk)
+        return sdk
+
+    yield make
+    for sdk in clients:
+        await sdk.close()

@@ -8,7 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from medusa_core.errors import EngineDeadError, EngineNotReadyError, InvalidParameterError, MedusaError
-from medusa_core.outputs import EngineInfo, EngineStats, FinishReason, TokenDelta
+from medusa_core.outputs import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenLogprob
 from medusa_core.request import EngineRequest
 from medusa_core.text.detokenizer import Detokenizer
 from medusa_core.text.processor import OutputText
@@ -46,10 +46,13 @@ class FakeText:
         return [ord(character) for character in text]
 
     def decode(self, token_ids, *, skip_special_tokens=True):
-        return "".join(chr(token_id) for token_id in token_ids)
+        return decode(token_ids) if skip_special_tokens else "".join(map(chr, token_ids))
 
     def token_strings(self, token_ids):
         return [f"<{chr(token_id)}>" for token_id in token_ids]
+
+    def token_bytes(self, token_id):
+        return chr(token_id).encode() if token_id != EOS else b"</s>"
 
     def tokenizer_info(self):
         return {"tokenizer_class": "FakeText", "eos_token": "</s>"}
@@ -198,7 +201,7 @@ class FakeClient:
         if (request.request_id, choice_idx) in self.aborted:
             tokens, reason = [], FinishReason.ABORT
         elif len(tokens) == len(left):
-            reason = FinishReason.STOP if tokens[-1] == EOS else FinishReason.LENGTH
+            reason = FinishReason.STOP if tokens[-1:] == [EOS] else FinishReason.LENGTH
         has_draft = not is_first and bool(tokens) and request.params.is_speculation_enabled
         return TokenDelta(
             request_id=request.request_id,
@@ -211,7 +214,16 @@ class FakeClient:
             is_first=is_first,
             num_cached_tokens=2 if is_first else 0,
             queue_s=0.01 if is_first else 0.0,
+            logprobs=_logprobs(tokens, request.params.num_logprobs),
+            prompt_logprobs=_logprobs(request.prompt_token_ids[1:], request.params.num_prompt_logprobs) if is_first else [],
         )
+
+
+def _logprobs(token_ids: Sequence[int], num_top: int | None) -> list[TokenLogprob]:
+    """-1/4 of its id for each token; the most likely ones are 65, 66, ... at -0.5 each."""
+    if num_top is None:
+        return []
+    return [TokenLogprob(-token_id / 4, list(range(65, 65 + num_top)), [-0.5] * num_top) for token_id in token_ids]
 
 
 async def _merge(streams):

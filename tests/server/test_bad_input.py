@@ -56,8 +56,10 @@ async def completion_error(http, status=400, **body):
         ("n", 129),
         ("n", 1.0),
         ("n", "1"),
-        ("max_tokens", 0),
         ("max_tokens", -3),
+        ("logprobs", -1),
+        ("logprobs", 21),
+        ("logprobs", 1.5),
         ("max_tokens", 2.5),
         ("max_tokens", True),
         ("min_tokens", -1),
@@ -126,13 +128,8 @@ async def test_wrong_messages_name_the_place(make_http, messages, param):
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        (COMPLETIONS, "logprobs", 3),
-        (COMPLETIONS, "logprobs", 0),
-        (COMPLETIONS, "echo", True),
         (COMPLETIONS, "suffix", "x"),
         (COMPLETIONS, "best_of", 3),
-        (CHAT, "logprobs", True),
-        (CHAT, "top_logprobs", 2),
         (CHAT, "response_format", {"type": "json_object"}),
         (CHAT, "tools", [{"type": "function"}]),
         (CHAT, "tool_choice", "required"),
@@ -282,6 +279,30 @@ async def test_choices_per_request_are_limited(make_http):
     assert (await completion_error(http, prompt=["a"] * 65, n=2))["param"] == "n"
     assert (await completion_error(http, prompt=["a"] * 200))["param"] == "prompt"
     assert client.requests == []
+
+
+@pytest.mark.parametrize(("field", "value"), [("logprobs", True), ("echo", 1), ("best_of", "2")])
+async def test_wrong_values_of_completions_name_their_field(make_http, field, value):
+    error = await completion_error(await make_http(), **{field: value})
+    assert (error["code"], error["param"]) == ("invalid_value", field)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": False, "top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"max_tokens": 0}, "max_tokens"),
+    ],
+)
+async def test_wrong_values_of_chats_name_their_field(make_http, fields, param):
+    body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], **fields}
+    response = await (await make_http()).post(CHAT, json=body)
+    assert response.status_code == 400
+    assert response.json()["error"]["param"] == param
 
 
 async def test_min_tokens_above_max_tokens(make_http):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import httpx
 import openai
 import pytest
 
@@ -10,27 +9,6 @@ from medusa_core.errors import EngineDeadError, QueueFullError
 from tests.server.fakes import FakeClient
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
-
-
-@pytest.fixture
-async def make_sdk(make_server):
-    clients = []
-
-    async def make(client=None, *, is_strict=True, **options):
-        url = await make_server(client, **options)
-        sdk = openai.AsyncOpenAI(
-            base_url=f"{url}/v1",
-            api_key="key",
-            max_retries=0,
-            _strict_response_validation=is_strict,
-            http_client=httpx.AsyncClient(trust_env=False),
-        )
-        clients.append(sdk)
-        return sdk
-
-    yield make
-    for sdk in clients:
-        await sdk.close()
 
 
 async def test_chat(make_sdk):
