@@ -1,4 +1,4 @@
-"""Text on the caller's side of the process boundary: tokenizer, chat template, incremental detokenizer, stop strings."""
+"""Text on the caller's side of the process: tokenizer, chat template, incremental detokenizer, stop strings, tool calls."""
 
 from medusa_core.text.processor import OutputText, TextDelta, TextProcessor
 from medusa_core.text.tokenizer import import_tokenizers

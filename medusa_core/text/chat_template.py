@@ -40,7 +40,7 @@ class ChatTemplate:
     ) -> str:
         """Prompt text, special tokens included as text. Raises InvalidParameterError."""
         self._check_arguments(messages, add_generation_prompt, continue_final_message, variables)
-        knows_developer = "developer" in self._text
+        knows_developer = "developer" in self.text
         try:
             rendered: str = self._hf_tokenizer.apply_chat_template(
                 [_normalise(message, keep_developer=knows_developer) for message in messages],
@@ -50,7 +50,7 @@ class ChatTemplate:
                 tokenize=False,
                 **variables,
             )
-        except (TemplateError, ValueError, TypeError, LookupError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
             # Templates refuse messages with raise_exception, or trip over a shape they did not expect.
             raise InvalidParameterError(f"The model's chat template refused the messages: {error}", param="messages") from error
         return rendered
@@ -62,10 +62,10 @@ class ChatTemplate:
         return source
 
     @property
-    def _text(self) -> str:
-        """The template's source; with several named templates, all of them."""
-        source = self.source
-        return "\n".join(source.values()) if isinstance(source, dict) else str(source)
+    def text(self) -> str:
+        """The template's source; with several named templates, all of them; empty if there is none."""
+        source = self.source or ""
+        return "\n".join(source.values()) if isinstance(source, dict) else source
 
     def _check_arguments(
         self,

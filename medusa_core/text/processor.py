@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ from medusa_core.text.chat_template import ChatTemplate, read_chat_template
 from medusa_core.text.detokenizer import Detokenizer
 from medusa_core.text.stop_strings import StopMatcher
 from medusa_core.text.tokenizer import Tokenizer
+from medusa_core.text.tool_calls import CallArguments, CallEvent, ToolCallParser
+from medusa_core.text.tool_formats import ToolFormat
 
 
 class TextDelta(NamedTuple):
@@ -19,21 +22,31 @@ class TextDelta(NamedTuple):
 
     num_tokens: how many of the pushed tokens belong to the output. After a stop string, those up to and including the token
         that completed it: the model generated it, so usage counts it, although its text may be trimmed.
-    stopped: a stop string ended the output here; later tokens are not part of it.
+    stopped: a stop string, or the last tool call allowed, ended the output here; later tokens are not part of it.
+    calls: of tool calls, which are no part of `text`.
     """
 
     text: str
     num_tokens: int
     stopped: bool
+    calls: Sequence[CallEvent] = ()
 
 
 class OutputText:
     """The text of one choice, built from its tokens. `text` and `num_tokens` are the totals of the deltas returned."""
 
-    def __init__(self, detokenizer: Detokenizer, matcher: StopMatcher, stop_token_ids: frozenset[int]) -> None:
+    def __init__(
+        self,
+        detokenizer: Detokenizer,
+        matcher: StopMatcher,
+        stop_token_ids: frozenset[int],
+        tool_parser: ToolCallParser | None = None,
+    ) -> None:
+        """`tool_parser`: takes tool calls out of the text; stop strings are looked for before that."""
         self._detokenizer = detokenizer
         self._matcher = matcher
         self._stop_token_ids = stop_token_ids
+        self._tool_parser = tool_parser
         self._parts: list[str] = []
         self.num_tokens = 0
 
@@ -41,36 +54,65 @@ class OutputText:
     def text(self) -> str:
         return "".join(self._parts)
 
+    @property
+    def has_calls(self) -> bool:
+        """There are tool calls, and none was broken off."""
+        return self._tool_parser is not None and self._tool_parser.has_calls
+
+    @property
+    def _is_stopped(self) -> bool:
+        return self._matcher.is_stopped or (self._tool_parser is not None and self._tool_parser.is_finished)
+
     def push(self, token_ids: list[int], *, is_last: bool) -> TextDelta:
         """Add the tokens of one step and return the text that is certain.
 
-        Held back: the start of a character, and what may be the start of a stop string. `is_last` ends the output and releases
-        both; a final token in `stop_token_ids` then counts but gives no text. The result does not depend on how the tokens are
-        divided over calls.
+        Held back: the start of a character, and what may be the start of a stop string or of a tool call. `is_last` ends the output
+        and releases all of it; a final token in `stop_token_ids` then counts but gives no text. The result does not depend on how
+        the tokens are divided over calls.
         """
-        if self._matcher.is_stopped:
+        if self._is_stopped:
             return TextDelta("", 0, stopped=True)
         has_stop_token = is_last and bool(token_ids) and token_ids[-1] in self._stop_token_ids
         visible = token_ids[:-1] if has_stop_token else token_ids
-        parts: list[str] = []
+        events: list[str | CallEvent] = []
         num_tokens = len(token_ids)
         # One by one, so that the token which completes a stop string is known.
         for num_pushed, token_id in enumerate(visible, start=1):
-            parts.append(self._matcher.push(self._detokenizer.push(token_id)))
-            if self._matcher.is_stopped:
+            events += self._parsed(self._matcher.push(self._detokenizer.push(token_id)))
+            if self._is_stopped:
                 num_tokens = num_pushed
                 break
-        if is_last and not self._matcher.is_stopped:
-            parts.append(self._matcher.push(self._detokenizer.flush()))
+        if is_last and not self._is_stopped:
+            events += self._parsed(self._matcher.push(self._detokenizer.flush()))
             if self._matcher.is_stopped:
                 num_tokens = len(visible)
-            parts.append(self._matcher.flush())
-        return self._add("".join(parts), num_tokens)
+            events += self._parsed(self._matcher.flush())
+        if self._tool_parser is not None and (is_last or self._is_stopped):
+            events += self._tool_parser.flush()
+        return self._add(events, num_tokens)
 
-    def _add(self, text: str, num_tokens: int) -> TextDelta:
+    def _parsed(self, text: str) -> Sequence[str | CallEvent]:
+        return (text,) if self._tool_parser is None else self._tool_parser.push(text)
+
+    def _add(self, events: list[str | CallEvent], num_tokens: int) -> TextDelta:
+        text = "".join([event for event in events if isinstance(event, str)])
         self._parts.append(text)
         self.num_tokens += num_tokens
-        return TextDelta(text, num_tokens, stopped=self._matcher.is_stopped)
+        calls = () if self._tool_parser is None else _merged([event for event in events if not isinstance(event, str)])
+        return TextDelta(text, num_tokens, stopped=self._is_stopped, calls=calls)
+
+
+def _merged(calls: list[CallEvent]) -> list[CallEvent]:
+    """One piece of arguments where several follow each other."""
+    merged: list[CallEvent] = []
+    for _, group in groupby(calls, key=lambda call: (type(call), call.call_idx)):
+        first, *others = group
+        if isinstance(first, CallArguments):
+            first = CallArguments(
+                first.call_idx, first.text + "".join([call.text for call in others if isinstance(call, CallArguments)])
+            )
+        merged.append(first)
+    return merged
 
 
 class TextProcessor:
@@ -111,6 +153,11 @@ class TextProcessor:
         """The tokenizer, named as in tokenizer_config.json, with the chat template that is in use."""
         return self._tokenizer.info() | {"chat_template": self._chat_template.source}
 
+    @property
+    def chat_template_text(self) -> str:
+        """The chat template's source; empty if there is none, all of them if there are several by name."""
+        return self._chat_template.text
+
     def render_chat(
         self,
         messages: list[dict[str, Any]],
@@ -144,13 +191,20 @@ class TextProcessor:
         skip_special_tokens: bool = True,
         stop_token_ids: frozenset[int] = frozenset(),
         prompt_token_ids: Sequence[int] = (),
+        tool_format: ToolFormat | None = None,
+        is_single_call: bool = False,
     ) -> OutputText:
         """Start the text of one choice.
 
         stop_token_ids: ids that end this output when they come last: the request's own and, unless EOS is ignored, the model's.
         prompt_token_ids: the prompt whose text the output continues, so that a space between the two is kept. Leave it out for a
             chat answer, which is a text of its own.
+        tool_format: of the tool calls to be taken out of the text. Where its marker is a special token, no token is skipped,
+            as it must be seen.
+        is_single_call: the output ends with its first call.
         """
+        if tool_format is not None and skip_special_tokens:
+            skip_special_tokens = tool_format.marker in self.decode(self.encode(tool_format.marker, add_special_tokens=False))
         decode = partial(self._tokenizer.decode, skip_special_tokens=skip_special_tokens)
         detokenizer = Detokenizer(
             decode,
@@ -158,4 +212,6 @@ class TextProcessor:
             piece_texts=self._tokenizer.piece_texts(skip_special_tokens=skip_special_tokens),
             prompt_token_ids=prompt_token_ids,
         )
-        return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids)
+        matcher = StopMatcher(stop, is_included=include_stop_str_in_output)
+        parser = None if tool_format is None else tool_format.new_parser(is_single=is_single_call)
+        return OutputText(detokenizer, matcher, stop_token_ids, parser)

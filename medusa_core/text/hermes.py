@@ -1,0 +1,271 @@
+"""Tool calls as Hermes and Qwen models write them::
+
+<tool_call>
+{"name": "get_weather", "arguments": {"city": "Paris"}}
+</tool_call>
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from typing import TypeAlias
+
+from medusa_core.text.tool_calls import TOOL_NAME, CallArguments, CallEvent, CallStart, ToolFunction
+
+OPEN = "<tool_call>"
+CLOSE = "</tool_call>"
+
+# How llguidance is to write JSON.
+_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+
+# Characters are sent in. The last one is "", which fits nowhere and so ends what is open.
+Steps: TypeAlias = Generator[None, str, None]
+StepsToText: TypeAlias = Generator[None, str, str]
+
+
+def is_hermes(chat_template: str) -> bool:
+    """Whether a chat template asks for this format: others use the same marker, around XML."""
+    is_xml = any(tag in chat_template for tag in ("<function=", "<arg_key>"))
+    return OPEN in chat_template and "arguments" in chat_template and not is_xml
+
+
+def hermes_grammar(functions: Sequence[ToolFunction], *, is_single: bool, has_marker_tokens: bool) -> str:
+    """Lark text, in the dialect of llguidance, of an answer that is one call of these functions, or one or more.
+
+    has_marker_tokens: the markers are tokens of their own, which llguidance matches as tokens and never as text. Separators inside
+    the arguments are those that chat templates print, so that there is no white space to go on with for ever.
+    """
+    open_marker, close_marker = (OPEN, CLOSE) if has_marker_tokens else (json.dumps(OPEN), json.dumps(CLOSE))
+    rules = [
+        "start: call" if is_single else 'start: call ("\\n" call)*',
+        f'call: {open_marker} "\\n" ({" | ".join(f"call_{i}" for i in range(len(functions)))}) "\\n" {close_marker}',
+    ]
+    for i, function in enumerate(functions):
+        head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
+        schema = {"type": "object", **function.parameters, "x-guidance": _SEPARATORS}
+        rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {json.dumps(schema)}"]
+    return "\n".join(rules) + "\n"
+
+
+class _MalformedError(Exception):
+    """The next character does not continue a call."""
+
+
+class HermesParser:
+    """The parser of one answer.
+
+    A call is certain when its name and the beginning of its arguments are there, in either order, or when its object ends behind
+    the name: then it has no arguments. Until then it is held back, and becomes content if it does not go on as a call. From then on
+    its arguments are passed on up to the brace that balances their first one, whether or not they are JSON inside. A `<` outside
+    strings, where JSON has none, ends them too.
+
+    White space in front of a call belongs to the call, and so does what the last one leaves in front of the end.
+    """
+
+    def __init__(self, *, is_single: bool = False) -> None:
+        """`is_single`: the first call is the last."""
+        self._is_single = is_single
+        self._num_started = 0
+        self._num_ended = 0
+        # What `push` returns next: calls that start, and pieces of content (None) or of the arguments of a call (its index).
+        self._told: list[CallStart | tuple[int | None, list[str]]] = []
+        # Taken, but not certain.
+        self._held: list[str] = []
+        # Not taken by any state yet.
+        self._next = ""
+        self._steps = self._run()
+        next(self._steps)
+
+    @property
+    def has_calls(self) -> bool:
+        return 0 < self._num_started == self._num_ended
+
+    @property
+    def is_finished(self) -> bool:
+        return self._is_single and self._num_ended > 0
+
+    def push(self, text: str) -> list[str | CallEvent]:
+        for character in text:
+            if self.is_finished:
+                break
+            self._steps.send(character)
+        return self._events()
+
+    def flush(self) -> list[str | CallEvent]:
+        if not self.is_finished:
+            self._steps.send("")
+        return self._events()
+
+    def _events(self) -> list[str | CallEvent]:
+        told, self._told = self._told, []
+        events: list[str | CallEvent] = []
+        for item in told:
+            if isinstance(item, CallStart):
+                events.append(item)
+            else:
+                index, pieces = item
+                text = "".join(pieces)
+                events.append(text if index is None else CallArguments(index, text))
+        return events
+
+    def _tell(self, pieces: Sequence[str], index: int | None = None) -> None:
+        last = self._told[-1] if self._told else None
+        if last is None or isinstance(last, CallStart) or last[0] != index:
+            last = (index, [])
+            self._told.append(last)
+        last[1].extend(pieces)
+
+    def _tell_held(self) -> None:
+        """As content, after all."""
+        if self._held:
+            self._tell(self._held)
+            self._held.clear()
+
+    def _start(self, name: str) -> int:
+        """The call is certain. Returns its index."""
+        self._held.clear()
+        self._told.append(CallStart(self._num_started, name))
+        self._num_started += 1
+        return self._num_started - 1
+
+    def _run(self) -> Steps:
+        self._next = yield
+        is_behind_call = False
+        while True:
+            yield from self._read_content(is_behind_call)
+            try:
+                yield from self._read_call()
+                is_behind_call = True
+            except _MalformedError:
+                # The next character is looked at again, as the possible beginning of a call. What is held has none outside strings.
+                self._tell_held()
+                is_behind_call = False
+
+    def _hold(self) -> Steps:
+        """Take the next character, without deciding what it is."""
+        self._held.append(self._next)
+        self._next = yield
+
+    def _read_content(self, is_behind_call: bool) -> Steps:
+        """Up to and with an opening marker, which is held together with the white space in front of it.
+
+        Behind a call, braces and a closing marker that come first are the call's. A model may well write a brace too many, or none.
+        """
+        markers = (OPEN, CLOSE) if is_behind_call else (OPEN,)
+        marker = ""
+        while marker != OPEN:
+            if (marker or self._next == "<") and self._next and any(one.startswith(marker + self._next) for one in markers):
+                marker += self._next
+                yield from self._hold()
+                if marker == CLOSE:
+                    self._held.clear()
+                    marker, markers = "", (OPEN,)
+            elif marker:
+                # No marker; the next character is looked at again, as it may begin one.
+                self._tell_held()
+                marker, markers, is_behind_call = "", (OPEN,), False
+            elif self._next.isspace():
+                yield from self._hold()
+            elif self._next == "}" and CLOSE in markers:
+                self._held.clear()
+                self._next = yield
+            else:
+                if self._next:
+                    self._held.append(self._next)
+                    markers, is_behind_call = (OPEN,), False
+                if not is_behind_call:
+                    self._tell_held()
+                self._next = yield
+
+    def _read_call(self) -> Steps:
+        """A call's object, up to the end of its arguments. Raises _MalformedError while nothing is told of it."""
+        yield from self._take("{")
+        key = yield from self._read_word()
+        yield from self._take(":")
+        if key == "name":
+            name = yield from self._read_name()
+            yield from self._skip_space()
+            if self._next == "}":
+                self._tell("{}", self._start(name))
+                self._num_ended += 1
+                return
+            yield from self._take(",")
+            yield from self._read_key("arguments")
+            yield from self._skip_space()
+            if self._next != "{":
+                raise _MalformedError
+            yield from self._read_object(self._start(name))
+        elif key == "arguments":
+            yield from self._skip_space()
+            num_before = len(self._held)
+            if self._next != "{":
+                raise _MalformedError
+            yield from self._read_object(None)
+            arguments = self._held[num_before:]
+            yield from self._take(",")
+            yield from self._read_key("name")
+            name = yield from self._read_name()
+            self._tell(arguments, self._start(name))
+            self._num_ended += 1
+        else:
+            raise _MalformedError
+
+    def _skip_space(self) -> Steps:
+        while self._next.isspace():
+            yield from self._hold()
+
+    def _take(self, character: str) -> Steps:
+        """One character of the format, and the white space in front of it."""
+        yield from self._skip_space()
+        if self._next != character:
+            raise _MalformedError
+        yield from self._hold()
+
+    def _read_key(self, key: str) -> Steps:
+        if (yield from self._read_word()) != key:
+            raise _MalformedError
+        yield from self._take(":")
+
+    def _read_name(self) -> StepsToText:
+        name = yield from self._read_word()
+        if not TOOL_NAME.fullmatch(name):
+            raise _MalformedError
+        return name
+
+    def _read_word(self) -> StepsToText:
+        """A string without escapes: neither keys nor names need any."""
+        yield from self._take('"')
+        begin = len(self._held)
+        while self._next not in ('"', "\\", ""):
+            yield from self._hold()
+        word = "".join(self._held[begin:])
+        yield from self._take('"')
+        return word
+
+    def _read_object(self, index: int | None) -> Steps:
+        """A JSON object as it stands: told as arguments of the call `index`, or held (None) while the call is not certain."""
+        depth = 0
+        is_string = is_escaped = False
+        while True:
+            character = self._next
+            if not character or (character == "<" and not is_string):
+                if index is None:
+                    raise _MalformedError
+                self._num_ended += bool(character)
+                return
+            if is_string:
+                is_string = is_escaped or character != '"'
+                is_escaped = character == "\\" and not is_escaped
+            else:
+                is_string = character == '"'
+                depth += (character in "{[") - (character in "}]")
+            if index is None:
+                self._held.append(character)
+            else:
+                self._tell(character, index)
+            if depth == 0:
+                self._num_ended += index is not None
+                self._next = yield
+                return
+            self._next = yield
