@@ -17,6 +17,7 @@ from server.protocol.common import GenerationBody
 from server.protocol.completions import CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
+from server.tools import offered_tools
 
 # Lanes one HTTP request may ask for: n times its prompts.
 MAX_CHOICES = 128
@@ -46,7 +47,7 @@ def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str,
 def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
     """Render the messages of a chat completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
-    return _job(body, [_render(body.messages, body, model)], model, request_id, arrival_s)
+    return _job(body, [_render(body.messages, body, model, offered_tools(body, model))], model, request_id, arrival_s)
 
 
 def tokenized(body: TokenizeBody, model: ServedModel) -> Tokenized:
@@ -73,13 +74,22 @@ def detokenized(body: DetokenizeBody, model: ServedModel) -> Detokenized:
     return Detokenized(model.text.decode(_checked_ids(body.tokens, model.info, "tokens"), skip_special_tokens=False))
 
 
-def _render(messages: Sequence[Message], body: ChatBody | TokenizeBody, model: ServedModel) -> list[int]:
+def _render(
+    messages: Sequence[Message], body: ChatBody | TokenizeBody, model: ServedModel, tools: list[dict[str, Any]] | None = None
+) -> list[int]:
     is_continued = bool(body.continue_final_message)
+    template_kwargs = body.chat_template_kwargs
+    if tools:
+        if template_kwargs and "tools" in template_kwargs:
+            raise InvalidParameterError(
+                "chat_template_kwargs must not set tools beside the field tools.", param="chat_template_kwargs"
+            )
+        template_kwargs = {**(template_kwargs or {}), "tools": tools}
     return model.text.render_chat(
         [template_message(message) for message in messages],
         add_generation_prompt=not is_continued if body.add_generation_prompt is None else body.add_generation_prompt,
         continue_final_message=is_continued,
-        template_kwargs=body.chat_template_kwargs,
+        template_kwargs=template_kwargs,
     )
 
 
@@ -87,12 +97,15 @@ def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[
     """The text of one choice of this body, still empty."""
     ids = frozenset(body.stop_token_ids or ())
     is_continuation = not isinstance(body, ChatBody) or bool(body.continue_final_message)
+    is_calling = isinstance(body, ChatBody) and body.has_callable_tools
     return model.text.new_output(
         stop=tuple(body.stop),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         stop_token_ids=ids if body.ignore_eos else ids | frozenset(model.info.eos_token_ids),
         prompt_token_ids=prompt_token_ids if is_continuation else (),
+        tool_format=model.tool_format if is_calling else None,
+        is_single_call=isinstance(body, ChatBody) and body.parallel_tool_calls is False,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -15,6 +15,7 @@ from medusa_core.errors import CapacityError, EngineError, RequestError
 from medusa_core.outputs import FinishReason, TokenDelta, TokenLogprob
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
+from medusa_core.text.tool_calls import CallEvent
 from server.convert import Job
 from server.metrics import EngineMetrics
 from server.protocol.common import PromptTokensDetails, RequestMetrics, Usage
@@ -23,9 +24,9 @@ from server.record import RequestRecord
 
 # A struct, as there is one per frame: a frozen dataclass takes five times as long to make.
 class ChoiceUpdate(msgspec.Struct, frozen=True):
-    """New text of one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update. token_ids,
-    logprobs: of this text and of what was held back before, as far as they count; empty unless asked for. prompt_logprobs: in the
-    choice's first update, of each prompt token but the first; empty unless asked for."""
+    """What is new in one choice. index: prompt index * n + choice index. finish_reason: set in the choice's last update. token_ids,
+    logprobs: of this and of what was held back before, as far as they count; empty unless asked for. prompt_logprobs: in the
+    choice's first update, of each prompt token but the first; empty unless asked for. calls: tool calls, no part of text."""
 
     index: int
     text: str
@@ -33,6 +34,7 @@ class ChoiceUpdate(msgspec.Struct, frozen=True):
     token_ids: list[int] = []
     logprobs: list[TokenLogprob] = []
     prompt_logprobs: list[TokenLogprob] = []
+    calls: Sequence[CallEvent] = ()
 
 
 Updates: TypeAlias = AsyncGenerator[list[ChoiceUpdate], None]
@@ -158,6 +160,7 @@ class Generation:
     def _take_choice(self, choice: _Choice, deltas: list[TokenDelta]) -> ChoiceUpdate | None:
         now = time.monotonic()
         text, num_timed, reason = "", 0, None
+        calls: list[CallEvent] = []
         for delta in deltas:
             choice.is_running = delta.finish_reason is None
             if not choice.is_open:
@@ -168,6 +171,7 @@ class Generation:
                 continue
             added = choice.output.push(delta.token_ids, is_last=delta.finish_reason is not None)
             text += added.text
+            calls += added.calls
             self._num_completion_tokens += added.num_tokens
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
             if self._has_token_ids:
@@ -186,20 +190,23 @@ class Generation:
         if choice.last_delta_s is not None:
             self._metrics.observe_interval(now - choice.last_delta_s, num_tokens=num_timed)
             choice.last_delta_s = now
-        if reason is None and not text:
+        if reason is None and not text and not calls:
             return None
         if reason is not None:
             self._close(choice, reason.value)
             if choice.is_running:
                 self._stopped.append(choice)
-        return self._update(choice, text, reason)
+        return self._update(choice, text, calls, reason)
 
-    def _update(self, choice: _Choice, text: str, reason: FinishReason | None) -> ChoiceUpdate:
+    def _update(self, choice: _Choice, text: str, calls: list[CallEvent], reason: FinishReason | None) -> ChoiceUpdate:
         """With all that was not told yet."""
         token_ids, choice.token_ids = choice.token_ids, []
         logprobs, choice.logprobs = choice.logprobs, []
         prompt_logprobs, choice.prompt_logprobs = choice.prompt_logprobs, []
-        return ChoiceUpdate(choice.index, text, reason and reason.value, token_ids, logprobs, prompt_logprobs)
+        name = reason and reason.value
+        if reason is FinishReason.STOP and choice.output.has_calls:
+            name = "tool_calls"
+        return ChoiceUpdate(choice.index, text, name, token_ids, logprobs, prompt_logprobs, calls)
 
     async def _abort_stopped(self) -> None:
         """The engine does not know that a stop string has ended these choices."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -11,6 +12,7 @@ import msgspec
 
 from medusa_core.outputs import TokenLogprob
 from medusa_core.text import TextProcessor
+from medusa_core.text.tool_calls import CallEvent, CallStart
 from server.generation import ChoiceUpdate
 from server.logprobs import CompletionLogprobWriter, chat_logprobs
 from server.protocol.chat import (
@@ -25,6 +27,7 @@ from server.protocol.chat import (
 )
 from server.protocol.common import OptionalIds, OptionalMetrics, OptionalUsage, RequestMetrics, Usage
 from server.protocol.completions import Completion, CompletionBody, CompletionChoice
+from server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
 
 
 @dataclass(slots=True)
@@ -35,6 +38,7 @@ class FinishedChoice:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    calls: list[CallEvent] = field(default_factory=list)
     finish_reason: str = ""
 
     def add(self, update: ChoiceUpdate) -> None:
@@ -42,13 +46,14 @@ class FinishedChoice:
         self.token_ids += update.token_ids
         self.logprobs += update.logprobs
         self.prompt_logprobs += update.prompt_logprobs
+        self.calls += update.calls
         if update.finish_reason is not None:
             self.finish_reason = update.finish_reason
 
     def as_update(self, index: int) -> ChoiceUpdate:
         """All of it at once."""
         text = "".join(self.texts)
-        return ChoiceUpdate(index, text, self.finish_reason, self.token_ids, self.logprobs, self.prompt_logprobs)
+        return ChoiceUpdate(index, text, self.finish_reason, self.token_ids, self.logprobs, self.prompt_logprobs, self.calls)
 
 
 class Reply(Protocol):
@@ -161,6 +166,7 @@ class ChatReply:
         choices = []
         if update.text:
             choices.append(ChatChunkChoice(update.index, ChatDelta(content=update.text)))
+        choices += [ChatChunkChoice(update.index, ChatDelta(tool_calls=[_call_delta(call)])) for call in update.calls]
         if update.finish_reason is not None:
             choices.append(ChatChunkChoice(update.index, ChatDelta(), update.finish_reason))
         if self._has_ids:
@@ -175,7 +181,7 @@ class ChatReply:
         answers = [
             ChatChoice(
                 update.index,
-                ChatMessage(update.text),
+                _message(update),
                 update.finish_reason or "",
                 logprobs=self._logprobs(update),
                 token_ids=update.token_ids if self._has_ids else msgspec.UNSET,
@@ -206,3 +212,24 @@ class ChatReply:
             metrics=metrics,
             service_tier=self._tier,
         )
+
+
+def _message(update: ChoiceUpdate) -> ChatMessage:
+    calls: list[ToolCall] = []
+    for event in update.calls:
+        if isinstance(event, CallStart):
+            calls.append(ToolCall(_new_call_id(), FunctionCall(event.name, "")))
+        else:
+            calls[event.call_idx].function.arguments += event.text
+    return ChatMessage(update.text or None, tool_calls=calls) if calls else ChatMessage(update.text)
+
+
+def _call_delta(event: CallEvent) -> ToolCallDelta:
+    """The name comes with empty arguments: not every client reads more from the first piece."""
+    if isinstance(event, CallStart):
+        return ToolCallDelta(event.call_idx, FunctionCallDelta("", event.name), id=_new_call_id(), type="function")
+    return ToolCallDelta(event.call_idx, FunctionCallDelta(event.text))
+
+
+def _new_call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"

@@ -15,6 +15,7 @@ from medusa_core.engine.client import EngineClient
 from medusa_core.errors import DrainingError, EngineNotReadyError
 from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor
+from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
 from server.metrics import EngineMetrics, HttpMetrics
 from server.settings import ServerSettings
@@ -28,7 +29,8 @@ TextLoader = Callable[[EngineInfo], TextProcessor]
 class ServedModel:
     """A model that has been loaded once; it stays known while its worker restarts.
 
-    names: ids under which clients may ask for it. created: Unix time of loading, for `/v1/models`.
+    names: ids under which clients may ask for it. created: Unix time of loading, for `/v1/models`. tool_format: how it writes tool
+    calls, None if it writes none or they are not looked for.
     """
 
     info: EngineInfo
@@ -36,6 +38,7 @@ class ServedModel:
     metrics: EngineMetrics
     names: tuple[str, ...]
     created: int
+    tool_format: ToolFormat | None = None
 
     def check_name(self, name: str) -> None:
         if name not in self.names:
@@ -72,7 +75,8 @@ class Serving:
             self.is_loading = False
         names = tuple(self.settings.served_model_name) or (info.model_name,)
         metrics = EngineMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
-        self.model = ServedModel(info, text, metrics, names, created=int(time.time()))
+        tool_format = find_tool_format(self.settings.tool_call_parser, text.chat_template_text)
+        self.model = ServedModel(info, text, metrics, names, created=int(time.time()), tool_format=tool_format)
         logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)
 
     async def close(self) -> None:

@@ -62,6 +62,9 @@ class ServerSettings(BaseSettings):
     served_model_name: Names = Field((), description="names under which clients ask for the model; the first one labels metrics")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model's files")
     chat_template: str | None = Field(None, description="Jinja chat template, or a file with one, instead of the model's own")
+    tool_call_parser: Literal["auto", "none", "hermes"] = Field(
+        "auto", description="format in which the model writes tool calls; auto looks at the chat template"
+    )
 
     api_key: Names = Field((), description="key that requests to /v1 must carry as a bearer token; may be repeated")
     cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")

@@ -19,6 +19,7 @@ from server.protocol.common import (
     invalid,
     only,
 )
+from server.protocol.tools import ToolCall, ToolCallDelta, ToolChoice, Tools
 
 
 def _check_content(value: object) -> object:
@@ -51,15 +52,15 @@ class UserMessage(Body):
     name: str | None = None
 
 
-class FunctionCall(Body):
+class PastFunctionCall(Body):
     name: str
     arguments: str
 
 
-class ToolCall(Body):
+class PastToolCall(Body):
     id: str
     type: Literal["function"]
-    function: FunctionCall
+    function: PastFunctionCall
 
 
 class AssistantMessage(Body):
@@ -67,7 +68,7 @@ class AssistantMessage(Body):
     content: Annotated[Any, BeforeValidator(lambda value: None if value is None else _check_content(value))] = None
     name: str | None = None
     refusal: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
+    tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = None
     audio: Annotated[Any, only(None)] = None
     function_call: Annotated[Any, only(None)] = None
 
@@ -90,6 +91,10 @@ class ChatBody(GenerationBody):
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
     top_logprobs: Int32 | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice = None
+    # False: the answer ends with its first call.
+    parallel_tool_calls: bool | None = None
 
     # Accepted: they carry no promise about the output of a server like this one.
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
@@ -97,15 +102,12 @@ class ChatBody(GenerationBody):
     verbosity: Literal["low", "medium", "high"] | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None
-    parallel_tool_calls: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
     response_format: Annotated[Any, only(None, {"type": "text"})] = None
-    tools: Annotated[Any, only(None, [])] = None
-    tool_choice: Annotated[Any, only(None, "none", "auto")] = None
     functions: Annotated[Any, only(None, [])] = None
     function_call: Annotated[Any, only(None, "none", "auto")] = None
     modalities: Annotated[Any, only(None, ["text"])] = None
@@ -113,6 +115,11 @@ class ChatBody(GenerationBody):
     prediction: Annotated[Any, only(None)] = None
     moderation: Annotated[Any, only(None)] = None
     web_search_options: Annotated[Any, only(None)] = None
+
+    @property
+    def has_callable_tools(self) -> bool:
+        """Whether the model may call tools. With tool_choice "none" it is not even told of them."""
+        return bool(self.tools) and self.tool_choice != "none"
 
     @property
     def num_logprobs(self) -> int | None:
@@ -140,9 +147,12 @@ class ChatLogprobs(msgspec.Struct):
 
 
 class ChatMessage(msgspec.Struct):
-    content: str
+    """content: null where there are only tool calls."""
+
+    content: str | None
     role: str = "assistant"
     refusal: None = None
+    tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
 
 class ChatChoice(msgspec.Struct):
@@ -168,6 +178,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 class ChatDelta(msgspec.Struct, omit_defaults=True):
     role: str | None = None
     content: str | None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(msgspec.Struct):

@@ -72,18 +72,9 @@ async def make_server():
         yield make
 
 
-class _no_signals:
-    """Uvicorn in a test must leave pytest's signal handlers alone."""
-
-    def __enter__(self):
-        return None
-
-    def __exit__(self, *_):
-        return None
-
-
 @pytest.fixture
 async def make_sdk(make_server):
+    """`await make_sdk(FakeClient(), **options)`: the SDK's client of the app served by uvicorn; it validates answers strictly."""
     clients = []
 
     async def make(client=None, *, is_strict=True, **options):
@@ -101,3 +92,13 @@ async def make_sdk(make_server):
     yield make
     for sdk in clients:
         await sdk.close()
+
+
+class _no_signals:
+    """Uvicorn in a test must leave pytest's signal handlers alone."""
+
+    def __enter__(self):
+        return None
+
+    def __exit__(self, *_):
+        return None

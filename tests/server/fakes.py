@@ -57,6 +57,8 @@ class FakeText:
     def tokenizer_info(self):
         return {"tokenizer_class": "FakeText", "eos_token": "</s>"}
 
+    chat_template_text = "{{ tools }} <tool_call> arguments"
+
     def render_chat(self, messages, *, add_generation_prompt=True, continue_final_message=False, template_kwargs=None):
         if add_generation_prompt and continue_final_message:
             raise InvalidParameterError("Both at once.", param="continue_final_message")
@@ -73,9 +75,12 @@ class FakeText:
         skip_special_tokens=True,
         stop_token_ids=frozenset(),
         prompt_token_ids=(),
+        tool_format=None,
+        is_single_call=False,
     ):
         detokenizer = Detokenizer(decode, byte_values={}, prompt_token_ids=prompt_token_ids)
-        return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids)
+        parser = tool_format and tool_format.new_parser(is_single=is_single_call)
+        return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids, parser)
 
 
 def answer_of(request: EngineRequest, choice_idx: int) -> str:

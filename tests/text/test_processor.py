@@ -166,3 +166,23 @@ def test_tokens_as_strings_and_the_tokenizers_configuration(processor, model_fol
     assert info["tokenizer_class"] == type(reference).__name__
     other = TextProcessor.load(model_folder, chat_template="{{ messages[0].content }}")
     assert other.tokenizer_info()["chat_template"] == "{{ messages[0].content }}"
+
+
+def test_values_nested_too_deeply_for_the_template_are_refused(model_folder):
+    processor = TextProcessor.load(model_folder, chat_template="{{ messages[0].content }}{{ tools | tojson }}")
+    nested = {}
+    for _ in range(900):
+        nested = {"a": nested}
+    with pytest.raises(InvalidParameterError, match="recursion"):
+        processor.render_chat([USER], template_kwargs={"tools": [nested]})
+
+
+def test_the_templates_text_is_all_that_may_be_rendered(processor, model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    assert processor.chat_template_text == tokenizer.chat_template
+    tokenizer.chat_template = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    tokenizer.save_pretrained(tmp_path / "two")
+    assert "tools" in TextProcessor.load(tmp_path / "two").chat_template_text
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "none")
+    assert TextProcessor.load(tmp_path / "none").chat_template_text == ""
