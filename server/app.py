@@ -22,8 +22,9 @@ from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_resp
 from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
 from server.protocol.chat import ChatBody
 from server.protocol.completions import CompletionBody
+from server.protocol.responses import ResponsesBody
 from server.protocol.tokenization import DetokenizeBody, TokenizeBody
-from server.routes import chat, completions, health, metrics, models, tokenization
+from server.routes import chat, completions, health, metrics, models, responses, tokenization
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
 
@@ -49,7 +50,7 @@ def create_app(
     serving = Serving(client, load_text, settings)
     app = FastAPI(title="medusa-server", version=__version__, lifespan=_lifespan(serving, on_load_end))
     app.state.serving = serving
-    for module in (completions, chat, models, tokenization, health, metrics):
+    for module in (completions, chat, responses, models, tokenization, health, metrics):
         app.include_router(module.router)
     _add_error_handlers(app)
     _add_body_schemas(app)
@@ -83,6 +84,7 @@ def _add_body_schemas(app: FastAPI) -> None:
     bodies: dict[str, type[BaseModel]] = {
         "/v1/completions": CompletionBody,
         "/v1/chat/completions": ChatBody,
+        "/v1/responses": ResponsesBody,
         "/tokenize": TokenizeBody,
         "/detokenize": DetokenizeBody,
     }

@@ -14,6 +14,7 @@ from medusa_core.errors import InvalidParameterError, RequestError, UnsupportedP
 from server.errors import MalformedBodyError, UnknownParameterError
 from server.protocol.chat import ROLES
 from server.protocol.common import Body
+from server.protocol.responses import ITEM_TYPES
 
 MAX_REPORTED_ERRORS = 10
 MAX_REPORTED_CHARS = 200
@@ -44,6 +45,11 @@ def parse_body(raw: bytes, model: type[B], *, allow_unknown: bool) -> B:
         raise MalformedBodyError("The body is nested too deeply.") from error
     if not isinstance(value, dict):
         raise MalformedBodyError(f"The body must be a JSON object, got {_describe(value)}.")
+    return validate(value, model, allow_unknown=allow_unknown)
+
+
+def validate(value: dict[str, Any], model: type[B], *, allow_unknown: bool) -> B:
+    """As `read_body`, from what the bytes say."""
     try:
         return model.model_validate(value, extra="ignore" if allow_unknown else "forbid")
     except ValidationError as error:
@@ -72,13 +78,14 @@ def _sentence(detail: ErrorDetails) -> str:
 
 
 def field_path(loc: Sequence[int | str]) -> str | None:
-    """`("messages", 0, "user", "content")` as `messages[0].content`: the role is pydantic's name of the union's member."""
+    """`("messages", 0, "user", "content")` as `messages[0].content`: the role, or the item's type, is pydantic's name of the
+    union's member."""
     path = ""
     previous: int | str = ""
     for item in loc:
         if isinstance(item, int):
             path += f"[{item}]"
-        elif not (isinstance(previous, int) and item in ROLES):
+        elif not (isinstance(previous, int) and item in (*ROLES, *ITEM_TYPES)):
             path += f".{item}" if path else item
         previous = item
     return path[:MAX_REPORTED_CHARS] or None

@@ -16,7 +16,8 @@ from medusa_core.errors import (
     ModelError,
     RequestError,
 )
-from server.protocol.errors import encode_error
+from server.protocol.common import encode
+from server.protocol.errors import ErrorBody, ErrorObject
 
 
 class UnknownParameterError(RequestError):
@@ -86,15 +87,14 @@ def answer_for(error: MedusaError) -> Answer:
     return next(ANSWERS[cls] for cls in type(error).__mro__ if cls in ANSWERS)
 
 
-def error_body(error: MedusaError) -> bytes:
-    """The JSON error object, as the body of an answer or the data of a frame."""
+def error_object(error: MedusaError) -> ErrorObject:
+    """What clients are told of it."""
     param = error.param if isinstance(error, RequestError) else None
-    return encode_error(str(error), type=answer_for(error).type, param=param, code=error.code)
+    return ErrorObject(str(error), answer_for(error).type, param, error.code)
 
 
-def internal_error_body() -> bytes:
-    """The error object for a bug; details stay in the log."""
-    return encode_error("The server had an internal error. See its log.", type=_SERVER, param=None, code="internal_error")
+# For a bug; details stay in the log.
+INTERNAL_ERROR = ErrorObject("The server had an internal error. See its log.", _SERVER, None, "internal_error")
 
 
 def error_response(error: MedusaError) -> Response:
@@ -107,12 +107,17 @@ def error_response(error: MedusaError) -> Response:
         headers["connection"] = "close"
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response(error_body(error), status=answer.status, headers=headers)
+    return json_response(encode(ErrorBody(error_object(error))), status=answer.status, headers=headers)
+
+
+def internal_error_response() -> Response:
+    """The HTTP answer to a bug."""
+    return json_response(encode(ErrorBody(INTERNAL_ERROR)), status=500)
 
 
 def http_error_response(status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> Response:
     """The HTTP answer to a failure of routing, which has no error class."""
-    return json_response(encode_error(message, type=_INVALID, param=None, code=code), status=status, headers=headers)
+    return json_response(encode(ErrorBody(ErrorObject(message, _INVALID, None, code))), status=status, headers=headers)
 
 
 def json_response(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:

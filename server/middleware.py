@@ -20,8 +20,7 @@ from server.errors import (
     InvalidAPIKeyError,
     RequestTooLargeError,
     error_response,
-    internal_error_body,
-    json_response,
+    internal_error_response,
 )
 from server.serving import Serving
 
@@ -79,7 +78,7 @@ class ObservabilityMiddleware:
             logger.exception("Request %s failed.", request_id)
             if status:
                 raise
-            await json_response(internal_error_body(), status=500)(scope, receive, send_with_headers)
+            await internal_error_response()(scope, receive, send_with_headers)
         finally:
             self._serving.num_active -= 1
             # Nothing was sent: the client, or the server's patience at the end of a drain, has gone.

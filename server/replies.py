@@ -27,6 +27,7 @@ from server.protocol.chat import (
 )
 from server.protocol.common import OptionalIds, OptionalMetrics, OptionalUsage, RequestMetrics, Usage
 from server.protocol.completions import Completion, CompletionBody, CompletionChoice
+from server.protocol.errors import ErrorBody, ErrorObject
 from server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, ToolCallDelta
 
 
@@ -56,8 +57,18 @@ class FinishedChoice:
         return ChoiceUpdate(index, text, self.finish_reason, self.token_ids, self.logprobs, self.prompt_logprobs, self.calls)
 
 
+DONE = b"data: [DONE]\n\n"
+
+
 class Reply(Protocol):
-    """How one endpoint words its answers. Each returned object is one JSON body or one frame."""
+    """How one endpoint words its answers. Each returned object is one JSON body or one frame. end: what a stream ends with, behind
+    all frames. has_usage_chunk: whether it tells usage before that."""
+
+    @property
+    def end(self) -> bytes: ...
+
+    @property
+    def has_usage_chunk(self) -> bool: ...
 
     def opening(self, num_choices: int) -> Iterable[msgspec.Struct]:
         """Chunks sent before any text."""
@@ -66,16 +77,33 @@ class Reply(Protocol):
     def chunks(self, update: ChoiceUpdate) -> Iterable[msgspec.Struct]: ...
 
     def usage_chunk(self, usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
-        """The last chunk of a stream whose client asked for usage."""
+        """The last chunk of a stream that tells usage."""
+        ...
+
+    def failure(self, error: ErrorObject) -> Iterable[msgspec.Struct]:
+        """The last chunks of a stream that fails."""
         ...
 
     def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct: ...
 
 
-class CompletionReply:
+class _DoneReply:
+    """Streams that end with `[DONE]`."""
+
+    end = DONE
+
+    def __init__(self, body: CompletionBody | ChatBody) -> None:
+        self.has_usage_chunk = body.is_usage_streamed
+
+    def failure(self, error: ErrorObject) -> Iterable[msgspec.Struct]:
+        return (ErrorBody(error),)
+
+
+class CompletionReply(_DoneReply):
     """`text_completion` objects."""
 
     def __init__(self, body: CompletionBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
+        super().__init__(body)
         self._id = f"cmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())
@@ -136,13 +164,14 @@ class CompletionReply:
         return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, metrics=metrics)
 
 
-class ChatReply:
+class ChatReply(_DoneReply):
     """`chat.completion` objects and `chat.completion.chunk` frames.
 
     The role comes once per choice, before any text and in index order: the SDK appends choices in the order it sees them.
     """
 
     def __init__(self, body: ChatBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
+        super().__init__(body)
         self._id = f"chatcmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())

@@ -16,8 +16,3 @@ class ErrorObject(msgspec.Struct):
 
 class ErrorBody(msgspec.Struct):
     error: ErrorObject
-
-
-def encode_error(message: str, *, type: str, param: str | None, code: str | None) -> bytes:
-    """The JSON of an error, as the body of an answer or the data of a frame."""
-    return msgspec.json.encode(ErrorBody(ErrorObject(message, type, param, code)))

@@ -14,9 +14,10 @@ from starlette.types import Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
 from server.disconnect import ClientGoneError, unless_gone
-from server.errors import error_body, internal_error_body
+from server.errors import INTERNAL_ERROR, error_object
 from server.generation import ChoiceUpdate, Generation, Updates
 from server.protocol.common import encode
+from server.protocol.responses import StreamEvent
 from server.replies import Reply
 
 logger = logging.getLogger(__name__)
@@ -24,7 +25,6 @@ logger = logging.getLogger(__name__)
 # One or more frames that are ready at the same time, and whether they are the last.
 Pieces: TypeAlias = AsyncGenerator[tuple[bytes, bool], None]
 
-DONE = b"data: [DONE]\n\n"
 # A line that starts with a colon is a comment.
 PING = b": ping\n\n"
 
@@ -39,8 +39,8 @@ def frame(data: bytes) -> bytes:
     return b"data: " + data + b"\n\n"
 
 
-async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate], updates: Updates, *, has_usage: bool) -> Pieces:
-    """The whole stream. The answer's status is sent already, so an error becomes a frame, then `[DONE]`."""
+async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate], updates: Updates) -> Pieces:
+    """The whole stream. The answer's status is sent already, so an error becomes a frame, then the end."""
     piece = b""
     try:
         piece = _join(reply.opening(generation.num_choices)) + _of(reply, first)
@@ -54,23 +54,28 @@ async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate]
             if generation.is_open:
                 yield piece, False
                 piece = b""
-        if has_usage:
-            piece += frame(encode(reply.usage_chunk(generation.usage, generation.request_metrics)))
+        if reply.has_usage_chunk:
+            piece += _join([reply.usage_chunk(generation.usage, generation.request_metrics)])
     except MedusaError as error:
-        piece += frame(error_body(error))
+        piece += _join(reply.failure(error_object(error)))
     # The last handler of a stream: nothing outside it could still tell the client.
     except Exception:
         logger.exception("A stream failed.")
-        piece += frame(internal_error_body())
-    yield piece + DONE, True
+        piece += _join(reply.failure(INTERNAL_ERROR))
+    yield piece + reply.end, True
 
 
 def _of(reply: Reply, updates: list[ChoiceUpdate]) -> bytes:
-    return b"".join([frame(encode(chunk)) for update in updates for chunk in reply.chunks(update)])
+    return b"".join([_frame_of(chunk) for update in updates for chunk in reply.chunks(update)])
 
 
 def _join(chunks: Iterable[msgspec.Struct]) -> bytes:
-    return b"".join([frame(encode(chunk)) for chunk in chunks])
+    return b"".join(map(_frame_of, chunks))
+
+
+def _frame_of(chunk: msgspec.Struct) -> bytes:
+    data = frame(encode(chunk))
+    return b"event: " + chunk.type.encode() + b"\n" + data if isinstance(chunk, StreamEvent) else data
 
 
 class TokenStream(Response):
