@@ -132,3 +132,17 @@ class OracleHeads:
 
 def oracle_heads(loaded: LoadedModel, sequences: list[list[int]]) -> CalibratedHeads:
     return CalibratedHeads(OracleHeads(loaded, sequences))  # type: ignore[arg-type]
+
+
+class ForcedHeads(OracleHeads):
+    """Right about the next `depth` tokens, and wrong about what follows: with a chain, each step accepts as many."""
+
+    def __init__(self, loaded: LoadedModel, sequences: list[list[int]], depth: int) -> None:
+        super().__init__(loaded, sequences)
+        self._depth = depth
+
+    def _offer(self, state: int, head: int, num_candidates: int) -> list[int]:
+        future = self._next[state]
+        right = future[head] if head < len(future) else 0
+        first = right if head < self._depth else (right + 1) % VOCAB_SIZE
+        return [(first + rank) % VOCAB_SIZE for rank in range(num_candidates)]
