@@ -33,7 +33,8 @@ def test_same_output(depth):
     check(depth, PARAMETERS, mode="eager")
 
 
-@pytest.mark.parametrize("depth", [pytest.param(0, marks=pytest.mark.long), 1, DEPTH])
+@pytest.mark.long
+@pytest.mark.parametrize("depth", [0, 1, DEPTH])
 def test_same_output_on_kernels(depth):
     """Short: the interpreter runs programs one by one."""
     params = {name: dataclasses.replace(PARAMETERS[name], max_tokens=8) for name in ("penalties", "logprobs")}
