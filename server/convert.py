@@ -97,14 +97,15 @@ def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[
     """The text of one choice of this body, still empty."""
     ids = frozenset(body.stop_token_ids or ())
     is_continuation = not isinstance(body, ChatBody) or bool(body.continue_final_message)
-    is_calling = isinstance(body, ChatBody) and body.has_callable_tools
+    tools = (body.tools or ()) if isinstance(body, ChatBody) and body.has_callable_tools else ()
     return model.text.new_output(
         stop=tuple(body.stop),
         include_stop_str_in_output=bool(body.include_stop_str_in_output),
         skip_special_tokens=body.skip_special_tokens is not False,
         stop_token_ids=ids if body.ignore_eos else ids | frozenset(model.info.eos_token_ids),
         prompt_token_ids=prompt_token_ids if is_continuation else (),
-        tool_format=model.tool_format if is_calling else None,
+        tool_format=model.tool_format if tools else None,
+        offered_tools=[tool.function.name for tool in tools],
         is_single_call=isinstance(body, ChatBody) and body.parallel_tool_calls is False,
     )
 

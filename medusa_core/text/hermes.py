@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import TypeAlias
 
 from medusa_core.text.tool_calls import TOOL_NAME, CallArguments, CallEvent, CallStart, ToolFunction
@@ -16,6 +16,8 @@ from medusa_core.text.tool_calls import TOOL_NAME, CallArguments, CallEvent, Cal
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
 
+# Openings of blocks of Markdown.
+_BLOCKS = ("```json\n", "```\n")
 # How llguidance is to write JSON.
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -48,6 +50,11 @@ def hermes_grammar(functions: Sequence[ToolFunction], *, is_single: bool, has_ma
     return "\n".join(rules) + "\n"
 
 
+def _is_beginning(text: str, markers: Sequence[str]) -> bool:
+    # The first question is asked of every character of an answer.
+    return text[0] in "<`{" and any(marker.startswith(text) for marker in markers)
+
+
 class _MalformedError(Exception):
     """The next character does not continue a call."""
 
@@ -57,14 +64,21 @@ class HermesParser:
 
     A call is certain when its name and the beginning of its arguments are there, in either order, or when its object ends behind
     the name: then it has no arguments. Until then it is held back, and becomes content if it does not go on as a call. From then on
-    its arguments are passed on up to the brace that balances their first one, whether or not they are JSON inside. A `<` outside
-    strings, where JSON has none, ends them too.
+    its arguments are passed on up to the brace that balances their first one, whether or not they are JSON inside. A character
+    that JSON has only in strings and that begins a closing marker ends them too.
+
+    Small models leave the markers out, or write a block of Markdown instead. So an object in such a block, or one that the answer
+    begins with, is a call too if it names a function that was offered; and so are further ones behind it.
 
     White space in front of a call belongs to the call, and so does what the last one leaves in front of the end.
     """
 
-    def __init__(self, *, is_single: bool = False) -> None:
-        """`is_single`: the first call is the last."""
+    def __init__(self, *, offered: Collection[str] = (), is_single: bool = False) -> None:
+        """offered: names of functions, for calls without markers. is_single: the first call is the last."""
+        self._offered = offered
+        # Where a line begins, and where the answer or what follows a call does.
+        self._line_openings = (OPEN, *_BLOCKS) if offered else (OPEN,)
+        self._first_openings = (*self._line_openings, "{") if offered else (OPEN,)
         self._is_single = is_single
         self._num_started = 0
         self._num_ended = 0
@@ -131,62 +145,68 @@ class HermesParser:
 
     def _run(self) -> Steps:
         self._next = yield
-        is_behind_call = False
+        openings, closing = self._first_openings, ""
         while True:
-            yield from self._read_content(is_behind_call)
+            opening = yield from self._read_content(openings, closing)
             try:
-                yield from self._read_call()
-                is_behind_call = True
+                yield from self._read_call(opening)
+                openings, closing = self._first_openings, "```" if opening in _BLOCKS else CLOSE
             except _MalformedError:
                 # The next character is looked at again, as the possible beginning of a call. What is held has none outside strings.
                 self._tell_held()
-                is_behind_call = False
+                openings, closing = (OPEN,), ""
 
     def _hold(self) -> Steps:
         """Take the next character, without deciding what it is."""
         self._held.append(self._next)
         self._next = yield
 
-    def _read_content(self, is_behind_call: bool) -> Steps:
-        """Up to and with an opening marker, which is held together with the white space in front of it.
+    def _read_content(self, openings: tuple[str, ...], closing: str) -> StepsToText:
+        """Up to and with an opening, which is returned, and held together with the white space in front of it.
 
-        Behind a call, braces and a closing marker that come first are the call's. A model may well write a brace too many, or none.
+        openings: those of which one may come next. closing: of the call that has just been read; empty if none has. It belongs to
+        the call, and so do braces in front of it: a model may well write one too many.
         """
-        markers = (OPEN, CLOSE) if is_behind_call else (OPEN,)
+        is_behind_call = bool(closing)
         marker = ""
-        while marker != OPEN:
-            if (marker or self._next == "<") and self._next and any(one.startswith(marker + self._next) for one in markers):
+        while marker not in openings:
+            if self._next and _is_beginning(marker + self._next, (*openings, closing)):
                 marker += self._next
                 yield from self._hold()
-                if marker == CLOSE:
+                if marker == closing:
                     self._held.clear()
-                    marker, markers = "", (OPEN,)
+                    marker, closing = "", ""
             elif marker:
-                # No marker; the next character is looked at again, as it may begin one.
+                # None of them; the next character is looked at again, as it may begin one.
                 self._tell_held()
-                marker, markers, is_behind_call = "", (OPEN,), False
+                marker, closing, openings, is_behind_call = "", "", (OPEN,), False
             elif self._next.isspace():
+                if self._next == "\n" and openings == (OPEN,):
+                    openings = self._line_openings
                 yield from self._hold()
-            elif self._next == "}" and CLOSE in markers:
+            elif self._next == "}" and closing:
                 self._held.clear()
                 self._next = yield
             else:
                 if self._next:
                     self._held.append(self._next)
-                    markers, is_behind_call = (OPEN,), False
+                    closing, openings, is_behind_call = "", (OPEN,), False
                 if not is_behind_call:
                     self._tell_held()
                 self._next = yield
+        return marker
 
-    def _read_call(self) -> Steps:
+    def _read_call(self, opening: str) -> Steps:
         """A call's object, up to the end of its arguments. Raises _MalformedError while nothing is told of it."""
-        yield from self._take("{")
+        is_marked = opening == OPEN
+        if opening != "{":
+            yield from self._take("{")
         key = yield from self._read_word()
         yield from self._take(":")
         if key == "name":
-            name = yield from self._read_name()
+            name = yield from self._read_name(is_marked)
             yield from self._skip_space()
-            if self._next == "}":
+            if self._next == "}" and is_marked:
                 self._tell("{}", self._start(name))
                 self._num_ended += 1
                 return
@@ -205,7 +225,7 @@ class HermesParser:
             arguments = self._held[num_before:]
             yield from self._take(",")
             yield from self._read_key("name")
-            name = yield from self._read_name()
+            name = yield from self._read_name(is_marked)
             self._tell(arguments, self._start(name))
             self._num_ended += 1
         else:
@@ -227,9 +247,9 @@ class HermesParser:
             raise _MalformedError
         yield from self._take(":")
 
-    def _read_name(self) -> StepsToText:
+    def _read_name(self, is_marked: bool) -> StepsToText:
         name = yield from self._read_word()
-        if not TOOL_NAME.fullmatch(name):
+        if not (TOOL_NAME.fullmatch(name) if is_marked else name in self._offered):
             raise _MalformedError
         return name
 
@@ -249,7 +269,7 @@ class HermesParser:
         is_string = is_escaped = False
         while True:
             character = self._next
-            if not character or (character == "<" and not is_string):
+            if not character or (character in "<`" and not is_string):
                 if index is None:
                     raise _MalformedError
                 self._num_ended += bool(character)

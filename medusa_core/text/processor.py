@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -192,6 +192,7 @@ class TextProcessor:
         stop_token_ids: frozenset[int] = frozenset(),
         prompt_token_ids: Sequence[int] = (),
         tool_format: ToolFormat | None = None,
+        offered_tools: Collection[str] = (),
         is_single_call: bool = False,
     ) -> OutputText:
         """Start the text of one choice.
@@ -201,7 +202,7 @@ class TextProcessor:
             chat answer, which is a text of its own.
         tool_format: of the tool calls to be taken out of the text. Where its marker is a special token, no token is skipped,
             as it must be seen.
-        is_single_call: the output ends with its first call.
+        offered_tools: names of the functions that the model was told of. is_single_call: the output ends with its first call.
         """
         if tool_format is not None and skip_special_tokens:
             skip_special_tokens = tool_format.marker in self.decode(self.encode(tool_format.marker, add_special_tokens=False))
@@ -213,5 +214,5 @@ class TextProcessor:
             prompt_token_ids=prompt_token_ids,
         )
         matcher = StopMatcher(stop, is_included=include_stop_str_in_output)
-        parser = None if tool_format is None else tool_format.new_parser(is_single=is_single_call)
+        parser = None if tool_format is None else tool_format.new_parser(offered=offered_tools, is_single=is_single_call)
         return OutputText(detokenizer, matcher, stop_token_ids, parser)

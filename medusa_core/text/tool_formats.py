@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,9 +11,9 @@ from medusa_core.text.tool_calls import ToolCallParser, ToolFunction
 
 
 class NewParser(Protocol):
-    """is_single: the answer ends with its first call."""
+    """offered: names of the functions. is_single: the answer ends with its first call."""
 
-    def __call__(self, *, is_single: bool) -> ToolCallParser: ...
+    def __call__(self, *, offered: Collection[str], is_single: bool) -> ToolCallParser: ...
 
 
 class WriteGrammar(Protocol):

@@ -76,10 +76,11 @@ class FakeText:
         stop_token_ids=frozenset(),
         prompt_token_ids=(),
         tool_format=None,
+        offered_tools=(),
         is_single_call=False,
     ):
         detokenizer = Detokenizer(decode, byte_values={}, prompt_token_ids=prompt_token_ids)
-        parser = tool_format and tool_format.new_parser(is_single=is_single_call)
+        parser = tool_format and tool_format.new_parser(offered=offered_tools, is_single=is_single_call)
         return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids, parser)
 
 

@@ -93,6 +93,51 @@ def test_a_call_behind_a_wrong_one_is_found(wrong):
     assert read([wrong, WEATHER]) == (wrong, *read([WEATHER])[1:])
 
 
+BARE = '{"name": "f", "arguments": {"a": 1}}'
+
+
+@pytest.mark.parametrize(
+    ("text", "content", "names"),
+    [
+        (BARE, "", "f"),
+        (f"```json\n{BARE}\n```", "", "f"),
+        (f"```\n{BARE}\n```\n", "", "f"),
+        ('```json\n{\n  "name": "f",\n  "arguments": {\n    "a": "```"\n  }\n}\n```', "", "f"),
+        (f"{BARE}\n{BARE.replace('f', 'g')}", "", "fg"),
+        (f"{BARE}}}\n</tool_call>", "", "f"),
+        (f"Look:\n\n```json\n{BARE}\n```\nSo.", "Look:\nSo.", "f"),
+        (f"  \n{BARE}", "", "f"),
+        (f"```json\n{BARE}\n```\n\n```json\n{BARE}\n```", "", "ff"),
+        (f"{BARE}\n{WEATHER}", "", ["f", "get_weather"]),
+        ('{"arguments": {}, "name": "g"}', "", "g"),
+    ],
+)
+def test_calls_of_offered_functions_need_no_markers(text, content, names):
+    got, calls, is_whole = read([text], offered=["f", "g"])
+    assert (got, [name for name, _ in calls], is_whole) == (content, [*names], True)
+    assert read([text])[1] == (read([WEATHER])[1] if WEATHER in text else []), "they do where nothing was offered"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BARE.replace('"f"', '"Bob"'),
+        f"It is {BARE}",
+        f"It is\n{BARE}",
+        f"`{BARE}`",
+        f"```python\n{BARE}\n```",
+        '{"name": "f"}',
+        '{"name": "f", "age": 5}',
+        '{"name": "f", "arguments": []}',
+        f"[{BARE}]",
+        "```\n{",
+        "``",
+    ],
+)
+def test_other_json_is_content(text):
+    assert read([text], offered=["f", "g"]) == (text, [], False)
+
+
 def test_a_call_that_breaks_off_is_there_but_not_whole():
     assert read(['<tool_call>{"name": "f", "arguments": {"a": "x']) == ("", [("f", '{"a": "x')], False)
     assert read([WEATHER, '<tool_call>{"name": "f", "arguments": {']) == (
@@ -130,19 +175,20 @@ def test_a_single_call_ends_the_answer():
 
 FRAGMENTS = [
     OPEN, CLOSE, OPEN[:5], CLOSE[:-3], '{"name": "f", "arguments": ', '{"arguments": ', ', "name": "g"}', '"name": "h"',
-    "{", "}", "[", "]", '"', "\\", "<", ">", "\n", " ", "word", "é", ",", ":", '{"a": "</tool_call>"}', WEATHER,
+    "```json\n", "```", "{", "}", "[", "]", '"', "\\", "<", ">", "\n", " ", "word", "é", ",", ":", '{"a": "</tool_call>"}', WEATHER,
 ]  # fmt: skip
 TEXTS = st.lists(st.sampled_from(FRAGMENTS), max_size=24).map("".join)
 
 
-@given(TEXTS, st.lists(st.integers(0, 300), max_size=30), st.booleans())
-def test_the_pieces_of_a_text_make_no_difference(text, cuts, is_single):
+@given(TEXTS, st.lists(st.integers(0, 300), max_size=30), st.booleans(), st.sampled_from(["", "fgh"]))
+def test_the_pieces_of_a_text_make_no_difference(text, cuts, is_single, offered):
+    options = {"is_single": is_single, "offered": offered}
     ends = sorted({min(cut, len(text)) for cut in cuts} | {len(text)})
     pieces = [text[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
     assert "".join(pieces) == text
-    whole = read([text], is_single=is_single)
-    assert read(pieces, is_single=is_single) == whole
-    assert read(list(text), is_single=is_single) == whole
+    whole = read([text], **options)
+    assert read(pieces, **options) == whole
+    assert read(list(text), **options) == whole
     content, calls, _ = whole
     if not calls:
         assert content == text
