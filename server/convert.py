@@ -17,7 +17,7 @@ from server.protocol.common import GenerationBody
 from server.protocol.completions import CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
-from server.tools import offered_tools
+from server.tools import offered_tools, template_tools
 
 # Lanes one HTTP request may ask for: n times its prompts.
 MAX_CHOICES = 128
@@ -62,7 +62,7 @@ def tokenized(body: TokenizeBody, model: ServedModel) -> Tokenized:
             raise UnsupportedParameterError(
                 "Chat templates write special tokens themselves; leave add_special_tokens out.", param="add_special_tokens"
             )
-        token_ids = _render(body.messages, body, model)
+        token_ids = _render(body.messages, body, model, template_tools(body.tools, model))
     strings = model.text.token_strings(token_ids) if body.return_token_strs else None
     return Tokenized(count=len(token_ids), max_model_len=model.info.max_model_len, tokens=token_ids, token_strs=strings)
 

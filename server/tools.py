@@ -13,7 +13,12 @@ from server.serving import ServedModel
 def offered_tools(body: ChatBody, model: ServedModel) -> list[dict[str, Any]] | None:
     """The tools as the chat template is given them; None if the model may not call any. Raises RequestError."""
     _check_choice(body)
-    if not body.has_callable_tools:
+    return template_tools(body.tools, model) if body.has_callable_tools else None
+
+
+def template_tools(tools: list[Tool] | None, model: ServedModel) -> list[dict[str, Any]] | None:
+    """Any tools as the chat template is given them. Raises UnsupportedParameterError for a model that has no use for them."""
+    if not tools:
         return None
     if model.tool_format is None or "tools" not in model.text.chat_template_text:
         raise UnsupportedParameterError(
@@ -21,10 +26,7 @@ def offered_tools(body: ChatBody, model: ServedModel) -> list[dict[str, Any]] | 
             hint='Leave tools out, set tool_choice to "none", or start the server with another --tool-call-parser or template.',
             param="tools",
         )
-    if body.chat_template_kwargs and "tools" in body.chat_template_kwargs:
-        message = "chat_template_kwargs must not set tools beside the field tools."
-        raise InvalidParameterError(message, param="chat_template_kwargs")
-    return [_for_template(tool) for tool in body.tools or ()]
+    return [_for_template(tool) for tool in tools]
 
 
 def _check_choice(body: ChatBody) -> None:

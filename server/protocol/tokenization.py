@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 
 from server.protocol.chat import Message
 from server.protocol.common import Body, Int64, invalid
+from server.protocol.tools import Tools
 
 
 class TokenizeBody(Body):
@@ -24,15 +25,16 @@ class TokenizeBody(Body):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    tools: Tools | None = None
 
     @model_validator(mode="after")
     def _has_one_text(self) -> TokenizeBody:
         if (self.prompt is None) == (self.messages is None):
             raise invalid("Exactly one of prompt and messages is needed")
-        of_chats = (self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs)
+        of_chats = (self.add_generation_prompt, self.continue_final_message, self.chat_template_kwargs, self.tools)
         if self.prompt is not None and any(value is not None for value in of_chats):
             raise invalid(
-                "add_generation_prompt, continue_final_message and chat_template_kwargs belong to messages, not to a prompt"
+                "add_generation_prompt, continue_final_message, chat_template_kwargs and tools belong to messages, not to a prompt"
             )
         return self
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from tests.server.fakes import FakeClient
+from tests.server.fakes import FakeClient, FakeText
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 
@@ -37,6 +37,14 @@ async def test_messages_are_rendered_by_the_chat_template(make_http):
     assert "".join(map(chr, tokens)) == "user:Hi"
 
 
+async def test_tools_are_rendered_as_a_chat_renders_them(make_http):
+    text = FakeText()
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+    http = await make_http(text=text)
+    assert (await http.post("/tokenize", json={"messages": MESSAGES, "tools": [tool]})).status_code == 200
+    assert text.last_kwargs == {"tools": [tool]}
+
+
 async def test_the_tokenizer_tells_about_itself(make_http):
     answer = await (await make_http()).get("/tokenizer_info")
     assert (answer.status_code, answer.json()["eos_token"]) == (200, "</s>")
@@ -49,6 +57,8 @@ async def test_the_tokenizer_tells_about_itself(make_http):
         ("/tokenize", {"prompt": "a", "messages": MESSAGES}, 400, "invalid_value", None),
         ("/tokenize", {"prompt": "a", "chat_template_kwargs": {"a": 1}}, 400, "invalid_value", None),
         ("/tokenize", {"prompt": "a", "continue_final_message": True}, 400, "invalid_value", None),
+        ("/tokenize", {"prompt": "a", "tools": []}, 400, "invalid_value", None),
+        ("/tokenize", {"messages": MESSAGES, "tools": [5]}, 400, "invalid_value", "tools[0]"),
         ("/tokenize", {"prompt": 5}, 400, "invalid_value", "prompt"),
         ("/tokenize", {"messages": []}, 400, "invalid_value", "messages"),
         ("/tokenize", {"messages": MESSAGES, "add_special_tokens": True}, 400, "unsupported_parameter", "add_special_tokens"),
