@@ -40,7 +40,7 @@ def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str,
     """Tokenise the prompts of a completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
     _check_best_of(body)
-    prompts = _completion_prompts(body.prompt, model)
+    prompts = _fill_prompts(body, body.suffix, model) if body.suffix else _completion_prompts(body.prompt, model)
     return _job(body, prompts, model, request_id, arrival_s)
 
 
@@ -152,12 +152,27 @@ def _completion_prompts(prompt: Any, model: ServedModel) -> list[list[int]]:
         return [model.text.encode(prompt)]
     if isinstance(prompt[0], int):
         return [_checked_ids(prompt, model.info)]
-    # Refused before tokenising: the number of choices is checked again, with n, where they are made.
-    if len(prompt) > MAX_CHOICES:
-        raise InvalidParameterError(f"At most {MAX_CHOICES} prompts are allowed, got {len(prompt)}.", param="prompt")
+    _check_num_prompts(prompt)
     if isinstance(prompt[0], str):
         return [model.text.encode(item) for item in prompt]
     return [_checked_ids(item, model.info) for item in prompt]
+
+
+def _check_num_prompts(prompts: Sequence[Any]) -> None:
+    """Before tokenising. The number of choices is checked again, with n, where they are made."""
+    if len(prompts) > MAX_CHOICES:
+        raise InvalidParameterError(f"At most {MAX_CHOICES} prompts are allowed, got {len(prompts)}.", param="prompt")
+
+
+def _fill_prompts(body: CompletionBody, suffix: str, model: ServedModel) -> list[list[int]]:
+    """Prompts that ask for what stands in front of the suffix."""
+    texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if not isinstance(texts[0], str):
+        raise InvalidParameterError("suffix is allowed only with prompts that are texts, not token ids.", param="suffix")
+    _check_num_prompts(texts)
+    if body.num_prompt_logprobs is not None:
+        raise UnsupportedParameterError("suffix is not supported together with echo and logprobs.", param="suffix")
+    return [model.text.encode_fill(text, suffix) for text in texts]
 
 
 def _checked_ids(token_ids: list[int], info: EngineInfo, field: str = "prompt") -> list[int]:

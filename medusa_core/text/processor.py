@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from medusa_core.errors import InvalidParameterError
 from medusa_core.text.chat_template import ChatTemplate, read_chat_template
 from medusa_core.text.detokenizer import Detokenizer
+from medusa_core.text.fill_in_middle import encode_fill
 from medusa_core.text.stop_strings import StopMatcher
 from medusa_core.text.tokenizer import Tokenizer
 from medusa_core.text.tool_calls import CallArguments, CallEvent, ToolCallParser
@@ -136,6 +137,10 @@ class TextProcessor:
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text, with the tokenizer's own BOS or EOS unless `add_special_tokens` is False."""
         return self._tokenizer.encode(text, add_special_tokens=add_special_tokens)
+
+    def encode_fill(self, prefix: str, suffix: str) -> list[int]:
+        """Token ids of a prompt that asks for the text between two texts. Raises RequestError, also where the model knows none."""
+        return encode_fill(self._tokenizer, prefix, suffix)
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of a whole list of tokens, e.g. to echo a prompt given as ids."""

@@ -79,6 +79,24 @@ class Tokenizer:
         ids: list[int] = self.hf_tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return ids
 
+    def encode_inner(self, text: str) -> list[int]:
+        """Token ids of a text that follows on another: without the space that some tokenizers put in front of every text."""
+        begin = self.encode("\n", add_special_tokens=False)
+        token_ids = self.encode("\n" + text, add_special_tokens=False)
+        # SentencePiece writes spaces as U+2581, and no piece holds a line feed and more.
+        has_space = self.strings(begin[:1]) == ["\u2581"] and token_ids[: len(begin)] == begin
+        return token_ids[len(begin) :] if has_space else self.encode(text, add_special_tokens=False)
+
+    def bos(self) -> list[int]:
+        """The token in front of every text, if the tokenizer writes one."""
+        return [token_id for token_id in self.encode("")[:1] if token_id == self.hf_tokenizer.bos_token_id]
+
+    def token_id(self, token: str) -> int | None:
+        """The id of a token by its spelling."""
+        token_id: int | None = self.hf_tokenizer.convert_tokens_to_ids(token)
+        # Where there is none, this is the unknown token's.
+        return token_id if token_id is not None and self.strings([token_id]) == [token] else None
+
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Text of token ids, without the "clean-up" that moves spaces before punctuation: it would change what the model wrote.
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import msgspec
 from pydantic import BeforeValidator, Field
 
-from server.protocol.common import GenerationBody, Int32, OptionalIds, OptionalMetrics, OptionalUsage, invalid, only
+from server.protocol.common import GenerationBody, Int32, OptionalIds, OptionalMetrics, OptionalUsage, invalid
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -35,8 +35,8 @@ class CompletionBody(GenerationBody):
     best_of: Int32 | None = None
     logprobs: Int32 | None = None
     echo: bool | None = None
-
-    suffix: Annotated[Any, only(None, "")] = None
+    # Text that follows on what is to be written; an empty one asks for nothing.
+    suffix: str | None = None
 
     @property
     def num_logprobs(self) -> int | None:

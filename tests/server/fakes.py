@@ -45,6 +45,9 @@ class FakeText:
     def encode(self, text, *, add_special_tokens=True):
         return [ord(character) for character in text]
 
+    def encode_fill(self, prefix, suffix):
+        return self.encode(f"<{prefix}|{suffix}>")
+
     def decode(self, token_ids, *, skip_special_tokens=True):
         return decode(token_ids) if skip_special_tokens else "".join(map(chr, token_ids))
 

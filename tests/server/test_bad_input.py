@@ -128,7 +128,6 @@ async def test_wrong_messages_name_the_place(make_http, messages, param):
 @pytest.mark.parametrize(
     ("path", "field", "value"),
     [
-        (COMPLETIONS, "suffix", "x"),
         (COMPLETIONS, "best_of", 3),
         (CHAT, "response_format", {"type": "json_object"}),
         (CHAT, "tools", [{"type": "custom", "custom": {"name": "f"}}]),
@@ -179,6 +178,20 @@ async def test_penalties_and_biases_out_of_range_are_named(make_http, path, fiel
     error = error_of(await (await make_http()).post(path, json={**base, field: value}))
     assert (error["code"], error["param"]) == ("invalid_value", field)
     assert len(error["message"]) < 300
+
+
+@pytest.mark.parametrize(
+    ("extra", "code"),
+    [
+        ({"suffix": 5}, "invalid_value"),
+        ({"suffix": "x", "prompt": [5] * 300}, "invalid_value"),
+        ({"suffix": "x", "prompt": [[5]]}, "invalid_value"),
+        ({"suffix": "x", "echo": True, "logprobs": 1}, "unsupported_parameter"),
+    ],
+)
+async def test_suffixes_that_cannot_be_used(make_http, extra, code):
+    error = await completion_error(await make_http(), **extra)
+    assert (error["code"], error["param"]) == (code, "suffix")
 
 
 async def test_images_are_not_supported(make_http):

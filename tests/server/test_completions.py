@@ -183,6 +183,17 @@ async def test_neutral_values_of_unsupported_fields_pass(make_http):
     assert response.status_code == 200
 
 
+async def test_a_suffix_makes_the_prompt_one_that_asks_for_the_middle(make_http):
+    client = FakeClient()
+    http = await make_http(client)
+    answer = (await post(http, prompt="ab", suffix="yz", echo=True)).json()
+    assert "".join(map(chr, client.requests[0].prompt_token_ids)) == "<ab|yz>"
+    assert answer["usage"]["prompt_tokens"] == 7
+    assert answer["choices"][0]["text"] == "abHello world 0"
+    assert (await post(http, prompt=["a", ""], suffix="z")).status_code == 200
+    assert ["".join(map(chr, request.prompt_token_ids)) for request in client.requests[1:]] == ["<a|z>", "<|z>"]
+
+
 async def test_characters_are_not_split_by_the_encoding(make_http):
     text = "naïve — 日本 😀"
     client = FakeClient(answer=lambda *_: text)
