@@ -133,3 +133,8 @@ def test_sampling_parameters_are_obeyed(server: Server):
     assert forced["choices"] == nucleus["choices"] == greedy["choices"]
     long = server.complete("Answer: yes<|im_end|>", max_tokens=16, ignore_eos=True)
     assert long["usage"]["completion_tokens"] == 16
+
+
+def test_a_suffix_is_led_up_to(server: Server):
+    middle = server.text("def add(first, second):\n    return ", suffix="\n\n\nprint(add(1, 2))\n", max_tokens=16)
+    assert middle.strip().startswith("first + second")
