@@ -1,8 +1,10 @@
 """Tool calls as Hermes and Qwen models write them::
 
-<tool_call>
-{"name": "get_weather", "arguments": {"city": "Paris"}}
-</tool_call>
+    <tool_call>
+    {"name": "get_weather", "arguments": {"city": "Paris"}}
+    </tool_call>
+
+Text may stand in front, and further calls behind.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import json
 from collections.abc import Collection, Generator, Sequence
 from typing import TypeAlias
 
-from medusa_core.text.tool_calls import TOOL_NAME, CallArguments, CallEvent, CallStart, ToolFunction
+from medusa_core.text.tool_calls import MAX_NAME_CHARS, TOOL_NAME, CallArguments, CallEvent, CallStart, ToolFunction
 
 OPEN = "<tool_call>"
 CLOSE = "</tool_call>"
@@ -249,18 +251,20 @@ class HermesParser:
 
     def _read_name(self, is_marked: bool) -> StepsToText:
         name = yield from self._read_word()
-        if not (TOOL_NAME.fullmatch(name) if is_marked else name in self._offered):
+        if not name or not (is_marked or name in self._offered):
             raise _MalformedError
         return name
 
     def _read_word(self) -> StepsToText:
-        """A string without escapes: neither keys nor names need any."""
+        """A string that may be a name: keys are made of the same characters, and other strings need not be held back for long."""
         yield from self._take('"')
         begin = len(self._held)
-        while self._next not in ('"', "\\", ""):
+        while len(self._held) - begin < MAX_NAME_CHARS and TOOL_NAME.fullmatch(self._next):
             yield from self._hold()
+        if self._next != '"':
+            raise _MalformedError
         word = "".join(self._held[begin:])
-        yield from self._take('"')
+        yield from self._hold()
         return word
 
     def _read_object(self, index: int | None) -> Steps:

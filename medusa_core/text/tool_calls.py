@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 # Of the API. What a model writes by another name is no call.
-TOOL_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+MAX_NAME_CHARS = 64
+TOOL_NAME = re.compile(rf"[a-zA-Z0-9_-]{{1,{MAX_NAME_CHARS}}}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -46,6 +46,7 @@ def read(pieces, **options):
         ('<tool_call> { "name" : "f" , "arguments" :  {"a" : [ {} ]}  } </tool_call>', "", [("f", '{"a" : [ {} ]}')]),
         ('<tool_call>\n{"arguments": {"a": 1}, "name": "f"}\n</tool_call>', "", [("f", '{"a": 1}')]),
         ('<tool_call>\n{"name": "f"}\n</tool_call>', "", [("f", "{}")]),
+        (f'<tool_call>{{"name": "{"f" * 64}"}}</tool_call>', "", [("f" * 64, "{}")]),
         (f'<tool_call>{{"name": "f", "arguments": {ESCAPES}}}</tool_call>!', "!", [("f", ESCAPES)]),
         # A closing marker, and a brace in front of it, may be missing or be there too often.
         ('<tool_call>\n{"name": "f", "arguments": {"a": 1}}', "", [("f", '{"a": 1}')]),
@@ -71,6 +72,10 @@ def test_content_and_calls(text, content, calls):
         '<tool_call>{"name": "f", "arguments": "{}"}</tool_call>',
         '<tool_call>{"name": "f", "parameters": {}}</tool_call>',
         '<tool_call>{"name": "not a name", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": "f ", "arguments": {}}</tool_call>',
+        '<tool_call>{"name": " f", "arguments": {}}</tool_call>',
+        '<tool_call>{"name ": "f", "arguments": {}}</tool_call>',
+        f'<tool_call>{{"name": "{"f" * 65}", "arguments": {{}}}}</tool_call>',
         '<tool_call>{"name": "f\\u0061", "arguments": {}}</tool_call>',
         '<tool_call>{"name": "", "arguments": {}}</tool_call>',
         '<tool_call>{"name": 5, "arguments": {}}</tool_call>',
@@ -158,6 +163,15 @@ def test_everything_is_told_as_soon_as_it_is_certain():
     assert parser.push("</tool_call>\n") == []
     assert parser.push("B") == ["\nB"]
     assert parser.flush() == []
+
+
+def test_text_is_not_held_back_for_long():
+    parser = HermesParser(offered=["f"])
+    assert parser.push('{"na') == []
+    assert parser.push('tion": ') == ['{"nation":']
+    assert HermesParser(offered=["f"]).push('{"name": "Bob') == []
+    assert HermesParser(offered=["f"]).push('{"name": "Bob M') == ['{"name": "Bob M']
+    assert HermesParser(offered=["f"]).push('{"name": "Bob", "age": 5') == ['{"name": "Bob", "age": 5']
 
 
 def test_a_single_call_ends_the_answer():
