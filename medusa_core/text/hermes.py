@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Generator, Sequence
-from typing import TypeAlias
+from collections.abc import Collection, Generator, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from medusa_core.text.tool_calls import MAX_NAME_CHARS, TOOL_NAME, CallArguments, CallEvent, CallStart, ToolFunction
 
@@ -37,22 +37,35 @@ def is_hermes(chat_template: str) -> bool:
     return OPEN in chat_template and "arguments" in chat_template and not is_xml
 
 
-def hermes_grammar(functions: Sequence[ToolFunction], *, is_single: bool, has_marker_tokens: bool) -> str:
+def hermes_grammar(
+    functions: Sequence[ToolFunction],
+    *,
+    is_single: bool,
+    has_marker_tokens: bool,
+    answer_schema: Mapping[str, Any] | None = None,
+) -> str:
     """Lark text, in the dialect of llguidance, of an answer that is one call of these functions, or one or more.
 
-    has_marker_tokens: the markers are tokens of their own, which llguidance matches as tokens and never as text. Separators inside
-    the arguments are those that chat templates print, so that there is no white space to go on with for ever.
+    has_marker_tokens: the markers are tokens of their own, which llguidance matches as tokens and never as text. answer_schema: the
+    answer may also be JSON of this schema. Separators of JSON are those that chat templates print, so that there is no white space
+    to go on with for ever.
     """
     open_marker, close_marker = (OPEN, CLOSE) if has_marker_tokens else (json.dumps(OPEN), json.dumps(CLOSE))
+    calls = "call" if is_single else 'call ("\\n" call)*'
     rules = [
-        "start: call" if is_single else 'start: call ("\\n" call)*',
+        f"start: {calls}" if answer_schema is None else f"start: {calls} | answer",
         f'call: {open_marker} "\\n" ({" | ".join(f"call_{i}" for i in range(len(functions)))}) "\\n" {close_marker}',
     ]
     for i, function in enumerate(functions):
         head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-        schema = {"type": "object", **function.parameters, "x-guidance": _SEPARATORS}
-        rules += [f'call_{i}: {head} arguments_{i} "}}"', f"arguments_{i}: %json {json.dumps(schema)}"]
+        rules += [f'call_{i}: {head} arguments_{i} "}}"', _json_rule(f"arguments_{i}", {"type": "object", **function.parameters})]
+    if answer_schema is not None:
+        rules.append(_json_rule("answer", answer_schema))
     return "\n".join(rules) + "\n"
+
+
+def _json_rule(name: str, schema: Mapping[str, Any]) -> str:
+    return f"{name}: %json {json.dumps({**schema, 'x-guidance': _SEPARATORS})}"
 
 
 def _is_beginning(text: str, markers: Sequence[str]) -> bool:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from medusa_core.text.hermes import OPEN, HermesParser, hermes_grammar, is_hermes
 from medusa_core.text.tool_calls import ToolCallParser, ToolFunction
@@ -17,9 +17,17 @@ class NewParser(Protocol):
 
 
 class WriteGrammar(Protocol):
-    """Lark text of an answer of one or more calls, or exactly one; has_marker_tokens: `ToolFormat.marker` is one token."""
+    """Lark text of an answer of one or more calls, or exactly one. has_marker_tokens: `ToolFormat.marker` is one token.
+    answer_schema: or of JSON."""
 
-    def __call__(self, functions: list[ToolFunction], *, is_single: bool, has_marker_tokens: bool) -> str: ...
+    def __call__(
+        self,
+        functions: Sequence[ToolFunction],
+        *,
+        is_single: bool,
+        has_marker_tokens: bool,
+        answer_schema: Mapping[str, Any] | None = None,
+    ) -> str: ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

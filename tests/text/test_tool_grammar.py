@@ -96,6 +96,14 @@ def test_a_function_without_schema_takes_any_object(kind):
     assert not is_taken(kind, call("f", "[]"), [anything], is_single=True)
 
 
+def test_an_answer_of_json_may_be_the_alternative(kind):
+    options = {"is_single": True, "answer_schema": {"type": "object", "required": ["name"]}}
+    assert is_taken(kind, NOW, [TIME], **options)
+    assert is_taken(kind, '{"name": 5, "more": []}', [TIME], **options)
+    assert not is_taken(kind, "{}", [TIME], **options)
+    assert not is_taken(kind, '{"name": 5}\n' + NOW, [TIME], **options)
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_whatever_the_grammar_lets_through_is_read_as_calls_that_fit(kind, seed):
     """Random tokens of those allowed, up to the end."""
