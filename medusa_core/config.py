@@ -102,12 +102,16 @@ class SchedulerConfig:
 class SpeculationConfig:
     """Drafting and the tree.
 
+    prompt_lookup: draft also what prompt and output so far suggest, as a chain of nodes beside those of the heads; it is all of the
+        tree where there are no heads.
     tree: name of a published preset, path of a JSON file, or "auto": the best one for the heads' calibrated accuracies, else
-        `mc_sim_7b_63`.
+        `mc_sim_7b_63`, each with a chain for prompt lookup. A tree that is named is taken as it is; a file may hold such a chain
+        itself, as [-1], [-1, -1] and so on.
     tree_size: nodes per step, root included; "auto" chooses each step from measured costs. 1 is plain decoding.
     """
 
     enabled: bool = True
+    prompt_lookup: bool = True
     tree: str = "auto"
     tree_size: int | Literal["auto"] = "auto"
 

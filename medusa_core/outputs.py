@@ -53,8 +53,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
 
     tokenizer_path: folder that holds the tokenizer and chat template, for the caller's side.
     model_name: the model's own name (hub id or folder name).
-    max_depth: longest path of the tree (0 without heads). tree_size: the configured size or "auto". tree_sizes: those that a step
-        may have, 1 (plain) included.
+    max_depth: longest path of the tree (0 where nothing drafts). tree_size: the configured size or "auto". tree_sizes: those that a
+        step may have, 1 (plain) included.
     """
 
     model_name: str

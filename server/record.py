@@ -9,7 +9,7 @@ from server.protocol.common import RequestMetrics, SpeculationMetrics
 class RequestRecord:
     """Collects the steps of a request of one choice. Counts are those of the server's metrics: after trimming.
 
-    max_depth: longest path of the tree; 0 without heads.
+    max_depth: longest path of the tree; 0 where nothing drafts.
     """
 
     def __init__(self, *, arrival_s: float, max_depth: int) -> None:

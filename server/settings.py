@@ -90,6 +90,9 @@ class ServerSettings(BaseSettings):
         "auto", description="name of a published tree, or a JSON file; auto searches the best one for the heads' accuracies"
     )
     tree_size: int | Literal["auto"] = Field("auto", description="nodes per step, root included; auto chooses from measured costs")
+    no_prompt_lookup: bool = Field(
+        False, description="draft by heads alone, not from the text of prompt and output; the output is the same"
+    )
     no_speculation: bool = Field(False, description="decode one token per step; the output is the same")
 
     def engine_config(self) -> EngineConfig:
@@ -118,7 +121,12 @@ class ServerSettings(BaseSettings):
                 max_queued_requests=self.max_queued_requests,
                 max_steps_in_flight=self.max_steps_in_flight,
             ),
-            speculation=SpeculationConfig(enabled=not self.no_speculation, tree=self.tree, tree_size=self.tree_size),
+            speculation=SpeculationConfig(
+                enabled=not self.no_speculation,
+                prompt_lookup=not self.no_prompt_lookup,
+                tree=self.tree,
+                tree_size=self.tree_size,
+            ),
             execution=ExecutionConfig(mode="eager" if self.enforce_eager else "auto"),
         )
 

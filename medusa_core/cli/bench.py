@@ -40,7 +40,6 @@ from medusa_core.bench.throughput import (
 )
 from medusa_core.bench.transformers_baseline import run_transformers
 from medusa_core.cli.bench_checks import (
-    check_heads,
     check_sampling,
     check_tree,
     check_variants,
@@ -59,6 +58,7 @@ from medusa_core.cli.options import (
     MaxTokensOption,
     ModelOption,
     NoPlotsOption,
+    NoPromptLookupOption,
     NumPromptsOption,
     OutputOption,
     PriceOption,
@@ -77,7 +77,6 @@ from medusa_core.cli.options import (
 from medusa_core.cli.start import start_command
 from medusa_core.config import CacheConfig, EngineConfig, ExecutionConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import build_engine
-from medusa_core.engine.core import EngineCore
 from medusa_core.errors import ConfigError
 from medusa_core.params import SamplingParams
 from medusa_core.text.processor import TextProcessor
@@ -118,6 +117,7 @@ def throughput(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     tree: TreeOption = "auto",
+    no_prompt_lookup: NoPromptLookupOption = False,
     max_model_len: MaxModelLenOption = None,
     max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
     max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
@@ -137,10 +137,12 @@ def throughput(
         ignore_eos=shape is not None,
     )
     check_sampling(temperature, top_p)
-    check_variants(names, temperature, tree, heads)
+    check_variants(names, temperature, tree, heads, has_lookup=not no_prompt_lookup)
     check_tree(tree, heads)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
-    config = _engine_config(model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
+    config = _engine_config(
+        model_options, max(loads), max_step_tokens, max_step_rows, num_blocks, tree, not no_prompt_lookup, enforce_eager
+    )
     make_prompts = partial(_token_prompts, questions, shape, num_prompts, seed, trust_remote_code)
     engine_names = tuple(name for name in names if name != TRANSFORMERS)
     plan = ThroughputPlan(variants=engine_names, concurrency=loads, repeats=repeats, params=params, seed=seed)
@@ -174,7 +176,7 @@ def _throughput_runs(
             ignore_eos=params.ignore_eos,
             progress=progress,
         )
-    core = _build(config, progress)
+    core = build_engine(config, progress=progress)
     kept.engine = core.info
     prompts = make_prompts(Path(core.info.tokenizer_path), core.info.vocab_size)
     check_lengths(prompts, params.max_tokens or 1, core.info.max_model_len)
@@ -199,6 +201,7 @@ def latency(
     dtype: DtypeOption = "auto",
     device: DeviceOption = "auto",
     tree: TreeOption = "auto",
+    no_prompt_lookup: NoPromptLookupOption = False,
     max_model_len: MaxModelLenOption = None,
     max_step_tokens: MaxStepTokensOption = _SCHEDULER.max_step_tokens,
     max_step_rows: MaxStepRowsOption = _SCHEDULER.max_step_rows,
@@ -219,14 +222,16 @@ def latency(
     num_lanes = max(*plan.lanes, _MIN_LATENCY_LANES)
     check_tree(tree, heads)
     model_options = model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code)
-    config = _engine_config(model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree, enforce_eager)
+    config = _engine_config(
+        model_options, num_lanes, max_step_tokens, max_step_rows, num_blocks, tree, not no_prompt_lookup, enforce_eager
+    )
     prepare_folder(output)
     notes = [
         "A step's time is the median between results with one step in flight; random tokens, each lane in blocks of its own.",
         "First tokens and arrivals: random prompts, greedy, no prefix cache, speculation as the engine chooses.",
     ]
     with kept_report(context, "latency", notes) as kept:
-        core = _build(config, progress)
+        core = build_engine(config, progress=progress)
         kept.engine = core.info
         for figures, missing in run_latency(core, config, plan, progress=progress):
             kept.keep(figures, missing)
@@ -323,6 +328,7 @@ def _engine_config(
     max_step_rows: int,
     num_blocks: int | None,
     tree: str,
+    prompt_lookup: bool,
     enforce_eager: bool,
 ) -> EngineConfig:
     """Without a prefix cache, so that every repetition pays for its prefill."""
@@ -330,15 +336,9 @@ def _engine_config(
         model=model,
         cache=CacheConfig(enable_prefix_cache=False, num_blocks=num_blocks),
         scheduler=SchedulerConfig(max_num_seqs=num_lanes, max_step_tokens=max_step_tokens, max_step_rows=max_step_rows),
-        speculation=SpeculationConfig(tree=tree),
+        speculation=SpeculationConfig(tree=tree, prompt_lookup=prompt_lookup),
         execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
     )
-
-
-def _build(config: EngineConfig, progress: bool) -> EngineCore:
-    core = build_engine(config, progress=progress)
-    check_heads(config.speculation.tree, core.info.num_heads)
-    return core
 
 
 def _throughput_notes(num_prompts: int, loads: tuple[int, ...], names: tuple[str, ...]) -> list[str]:

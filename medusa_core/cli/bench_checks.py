@@ -52,30 +52,21 @@ def check_sampling(temperature: float, top_p: float) -> None:
 
 
 def check_tree(tree: str, heads: str | None) -> None:
-    """A tree that nothing could fill, or that there is not. `check_heads` sees heads that were not found."""
-    if tree == "auto":
-        return
-    if heads == "none":
+    """A tree that nothing could fill, or that there is not. The engine sees heads that were not found."""
+    if tree != "auto" and load_tree(tree).head_depth > 0 and heads == "none":
         raise ConfigError(f"--tree {tree} needs heads, but --heads is none.", hint="Leave one of them out.")
-    load_tree(tree)
 
 
-def check_heads(tree: str, num_heads: int) -> None:
-    """After loading."""
-    if tree != "auto" and num_heads == 0:
-        raise ConfigError(
-            f"--tree {tree} needs Medusa heads, and none were found.", hint="Name them with --heads, or leave --tree out."
-        )
-
-
-def check_variants(names: Sequence[str], temperature: float, tree: str, heads: str | None) -> None:
+def check_variants(names: Sequence[str], temperature: float, tree: str, heads: str | None, *, has_lookup: bool) -> None:
     drafting = [name for name in names if name not in (PLAIN, TRANSFORMERS)]
     if TRANSFORMERS in names and temperature != 0:
         raise ConfigError("The variant transformers decodes greedily.", hint="Leave it out, or leave --temperature at 0.")
     if TRANSFORMERS in names and len(names) == 1:
         raise ConfigError("The variant transformers is a yard-stick for others.", hint="Add plain or speculation to --variants.")
-    if drafting and heads == "none":
-        raise ConfigError(f"The variant {drafting[0]} needs heads, but --heads is none.", hint="Use --variants plain.")
+    if drafting and heads == "none" and not has_lookup:
+        raise ConfigError(
+            f"The variant {drafting[0]} needs heads or prompt lookup, but --heads is none.", hint="Use --variants plain."
+        )
     if tree != "auto" and not drafting:
         raise ConfigError(
             f"--tree {tree} changes nothing without a tree.", hint="Add speculation to --variants, or leave --tree out."

@@ -36,6 +36,7 @@ from medusa_core.text.processor import TextProcessor
 from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.measure import MeasuredAnswer, calibrate, tokens_per_step
 from medusa_core.training.tree_plot import plot_tree
+from medusa_core.tree.topology import TreeTopology
 
 
 def calibrate_heads(
@@ -112,16 +113,20 @@ def _measure(
 
 
 def _report(calibration: Calibration, measured: Sequence[MeasuredAnswer]) -> None:
-    """Markdown tables: accuracy by head, tokens per step by nodes, and by category."""
+    """Markdown tables: accuracy by head; tokens per step by nodes and category, with prompt lookup and without."""
     num_candidates = len(calibration.rank_accuracy[0])
     print(f"{calibration.num_tokens:,} positions: {calibration.source}\n")
     print(f"| head | top 1 | top 3 | top {num_candidates} |\n| --- | --- | --- | --- |")
     for number, shares in enumerate(calibration.rank_accuracy, start=1):
         print(f"| {number} | {shares[0]:.3f} | {sum(shares[:3]):.3f} | {sum(shares):.3f} |")
-    tree = calibration.tree
-    assert tree is not None
+    for tree, what in ((calibration.lookup_tree, "with prompt lookup"), (calibration.tree, "of heads alone")):
+        assert tree is not None
+        _report_tree(tree, what, measured)
+
+
+def _report_tree(tree: TreeTopology, what: str, measured: Sequence[MeasuredAnswer]) -> None:
     sizes = [size for size in NODE_BUCKETS if 1 < size <= tree.num_nodes]
-    print("\nTokens per step, by nodes of the tree (root included):\n")
+    print(f"\nTokens per step {what}, by nodes of the tree (root included):\n")
     print(f"| category | tokens | {' | '.join(map(str, sizes))} |\n| --- | --- |{' --- |' * len(sizes)}")
     by_category = {answer.category: [other for other in measured if other.category == answer.category] for answer in measured}
     rows = {name: [tokens_per_step(tree.prefix(size), answers) for size in sizes] for name, answers in by_category.items()}
@@ -129,7 +134,8 @@ def _report(calibration: Calibration, measured: Sequence[MeasuredAnswer]) -> Non
         print(_row(name, sum(len(answer.paths) for answer in by_category[name]), figures))
     if len(rows) > 1:
         print(_row("mean of the categories", None, [sum(column) / len(rows) for column in zip(*rows.values(), strict=True)]))
-    print(_row("all steps", calibration.num_tokens, [tokens_per_step(tree.prefix(size), measured) for size in sizes]))
+    num_tokens = sum(len(answer.paths) for answer in measured)
+    print(_row("all steps", num_tokens, [tokens_per_step(tree.prefix(size), measured) for size in sizes]))
 
 
 def _row(name: str, num_tokens: int | None, figures: Sequence[float]) -> str:

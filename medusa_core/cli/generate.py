@@ -18,6 +18,7 @@ from medusa_core.cli.options import (
     HeadsOption,
     MaxModelLenOption,
     ModelOption,
+    NoPromptLookupOption,
     RevisionOption,
     TemperatureOption,
     TopPOption,
@@ -56,6 +57,7 @@ def generate(
     tree: TreeOption = "auto",
     tree_size: Annotated[str, typer.Option(help="Nodes per step, or auto.")] = "auto",
     max_model_len: MaxModelLenOption = None,
+    no_prompt_lookup: NoPromptLookupOption = False,
     no_speculation: Annotated[bool, typer.Option("--no-speculation", help="Decode one token per step.")] = False,
     enforce_eager: EnforceEagerOption = False,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the prompt as it stands, without the chat template.")] = False,
@@ -71,7 +73,9 @@ def generate(
         model=model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code),
         cache=CacheConfig(),
         scheduler=SchedulerConfig(max_num_seqs=1),
-        speculation=SpeculationConfig(enabled=not no_speculation, tree=tree, tree_size=parse_tree_size(tree_size)),
+        speculation=SpeculationConfig(
+            enabled=not no_speculation, prompt_lookup=not no_prompt_lookup, tree=tree, tree_size=parse_tree_size(tree_size)
+        ),
         execution=ExecutionConfig(mode="eager" if enforce_eager else "auto"),
     )
     if compare and seed is None:

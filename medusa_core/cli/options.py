@@ -16,6 +16,9 @@ RevisionOption = Annotated[str | None, typer.Option("--revision", help="Branch, 
 DtypeOption = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda, cuda:1, ...")]
 TreeOption = Annotated[str, typer.Option("--tree", help="Preset, JSON file, or auto.")]
+NoPromptLookupOption = Annotated[
+    bool, typer.Option("--no-prompt-lookup", help="Draft by heads alone, not from the text of prompt and output.")
+]
 MaxModelLenOption = Annotated[
     int | None, typer.Option("--max-model-len", help="Longest prompt + output; the model's own limit if not given.")
 ]

@@ -156,7 +156,7 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
     source = find_heads(config, loaded, progress=progress)
     if source is None:
         if config.heads != "none":
-            logger.warning("No Medusa heads found for %s: serving without speculation. Name some with --heads.", loaded.name)
+            logger.warning("No Medusa heads found for %s: serving without them. Name some with --heads.", loaded.name)
         return None
     heads = load_heads(source, loaded)
     calibration_path = find_calibration(source)
@@ -168,12 +168,12 @@ def _find_heads(config: ModelConfig, loaded: LoadedModel, *, progress: bool) -> 
 def _check_speculation(config: EngineConfig) -> None:
     """What can be told before the weights are loaded: a misspelt tree, or one that nothing could fill. Raises ConfigError."""
     speculation = config.speculation
-    if speculation.tree != "auto":
-        load_tree(speculation.tree)
+    needs_heads = speculation.tree != "auto" and load_tree(speculation.tree).head_depth > 0
     if config.model.heads == "none" and speculation.enabled:
+        has_size = speculation.tree_size not in ("auto", 1) and not speculation.prompt_lookup
         for name, value, is_unused in (
-            ("tree", speculation.tree, speculation.tree == "auto"),
-            ("tree_size", speculation.tree_size, speculation.tree_size in ("auto", 1)),
+            ("tree", speculation.tree, not needs_heads),
+            ("tree_size", speculation.tree_size, not has_size),
         ):
             if not is_unused:
                 raise ConfigError(f'{name} is {value!r}, but heads is "none".', hint="Leave one of them out.")

@@ -11,6 +11,7 @@ from medusa_core.errors import ConfigError
 from medusa_core.model.calibration import Calibration
 from medusa_core.scheduler.controller import FixedTreeSize, MeasuredTreeSize, TreeSizeController, tree_sizes
 from medusa_core.scheduler.costs import StepCosts
+from medusa_core.tree.merge import merge_typical, typical_gains
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.search import best_tree, node_acceptance
 from medusa_core.tree.topology import MAX_NODES, TreeTopology
@@ -29,15 +30,16 @@ _DEFAULT_PRESET = "mc_sim_7b_63"
 
 @dataclass(frozen=True, slots=True)
 class ChosenTree:
-    """The largest tree an engine offers. name: for people. node_acceptance: how often each draft node is expected to be right."""
+    """The largest tree an engine offers. name: for people. gains: what each draft node is expected to add to the tokens of a step;
+    for a node of heads alone, how often it is right."""
 
     topology: TreeTopology
     name: str
-    node_acceptance: tuple[float, ...]
+    gains: tuple[float, ...]
 
     def expected_tokens(self, num_nodes: int) -> float:
         """Of a step with the first `num_nodes` nodes, root included; 1 for the root alone."""
-        return 1.0 + sum(self.node_acceptance[: num_nodes - 1])
+        return 1.0 + sum(self.gains[: num_nodes - 1])
 
 
 ROOT_ONLY = ChosenTree(TreeTopology(()), "none", ())
@@ -47,18 +49,47 @@ def choose_tree(config: SpeculationConfig, num_heads: int, calibration: Calibrat
     """The tree for these options, heads and what was measured of them.
 
     "auto" takes the calibration's own tree, else the best one for its accuracies, and a published preset, cut to the heads there
-    are, where nothing was calibrated. A tree named by the user must fit the heads: ConfigError otherwise.
+    are, where nothing was calibrated; with prompt lookup, a chain of its nodes is part of the tree, and all of it without heads.
+    A tree named by the user is taken as it is. It must fit the heads, and hold no lookup nodes without prompt lookup: ConfigError
+    otherwise.
     """
-    if num_heads == 0 or not config.enabled or config.tree_size == 1:
+    if not config.enabled or config.tree_size == 1:
         return ROOT_ONLY
-    accuracy = calibration.rank_accuracy[:num_heads] if calibration else _TYPICAL_ACCURACY
     if config.tree != "auto":
-        topology, name = TreeTopology.from_choices(load_tree(config.tree).choices, num_heads=num_heads), config.tree
-    elif calibration is None:
-        topology, name = load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET
+        return _named_tree(config, num_heads, calibration)
+    heads_tree = _heads_tree(num_heads, calibration)
+    if not config.prompt_lookup:
+        return heads_tree
+    own = calibration.lookup_tree if calibration else None
+    if calibration is not None and own is not None and own.head_depth <= num_heads:
+        return ChosenTree(own, f"{heads_tree.name}+lookup", calibration.lookup_gains)
+    topology, gains = merge_typical(heads_tree.topology, heads_tree.gains, MAX_NODES)
+    return ChosenTree(topology, f"{heads_tree.name}+lookup" if num_heads else "lookup", gains)
+
+
+def _named_tree(config: SpeculationConfig, num_heads: int, calibration: Calibration | None) -> ChosenTree:
+    topology = load_tree(config.tree)
+    if num_heads == 0 and topology.head_depth > 0:
+        raise ConfigError(f"The tree {config.tree!r} needs heads, and there are none.", hint="Name some, or leave the tree out.")
+    topology = TreeTopology.from_choices(topology.choices, num_heads=num_heads)
+    if topology.lookup_depth > 0 and not config.prompt_lookup:
+        raise ConfigError(
+            f"The tree {config.tree!r} has nodes for prompt lookup (-1), which is off.", hint="Turn it on, or use another tree."
+        )
+    accuracy = calibration.rank_accuracy if calibration else _TYPICAL_ACCURACY
+    return ChosenTree(topology, config.tree, typical_gains(topology, node_acceptance(topology, accuracy)))
+
+
+def _heads_tree(num_heads: int, calibration: Calibration | None) -> ChosenTree:
+    """Of heads alone."""
+    if num_heads == 0:
+        return ROOT_ONLY
+    if calibration is None:
+        topology, name, accuracy = load_tree(_DEFAULT_PRESET).limit_depth(num_heads), _DEFAULT_PRESET, _TYPICAL_ACCURACY
     elif calibration.tree is not None and calibration.tree.max_depth <= num_heads:
         return ChosenTree(calibration.tree, "calibrated", calibration.node_acceptance)
     else:
+        accuracy = calibration.rank_accuracy[:num_heads]
         # Measured shares of neighbouring ranks can swap places by chance, and the search needs them in order.
         smoothed = [tuple(itertools.accumulate(head, min)) for head in accuracy]
         topology, name = best_tree(smoothed, MAX_NODES), "calibrated"

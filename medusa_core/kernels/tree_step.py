@@ -5,7 +5,7 @@ drawn down the tree, cuts the path at stop ids and limits, and writes it to the 
 speculation/verify.py, which do the same in torch.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
-X block-table width · E hidden · R lists of candidates · C candidates per list.
+X block-table width · E hidden · R lists of candidates · C candidates per list · J keys of matches.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def _slot(block_table, lane, column, block_size: tl.constexpr, table_width, spar
 def _pack_kernel(
     lane_ptr,
     candidates,
+    match_key,
     list_ptr,
     depth_ptr,
     rank_ptr,
@@ -59,6 +60,8 @@ def _pack_kernel(
     nodes_padded: tl.constexpr,
     block_size: tl.constexpr,
     has_draft: tl.constexpr,
+    num_keys: tl.constexpr,
+    keys_padded: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     follow_on(USE_PDL)
@@ -69,14 +72,21 @@ def _pack_kernel(
     node = tl.arange(0, nodes_padded)
     is_node = node < num_nodes
     depth = tl.load(depth_ptr + node, mask=is_node, other=0)
-    token = tl.load(tokens + lane * tokens_stride + base + node * 0)
+    rank = tl.load(rank_ptr + node, mask=is_node, other=-1)
+    # the root's token; for lookup nodes, where something matches, the one so far behind the match, over and over up to the root
+    column = base + node * 0
+    if num_keys > 0:
+        key_idx = tl.arange(0, keys_padded)
+        key = tl.max(tl.load(match_key + b * num_keys + key_idx, mask=key_idx < num_keys, other=0))
+        place = key & 0xFFFFFFFF
+        suggested = place + 1 + (depth - 1) % tl.maximum(base - place, 1)
+        column = tl.where((rank < 0) & (depth > 0) & (key > 0), suggested, column)
+    token = tl.load(tokens + lane * tokens_stride + column)
     if has_draft:
-        is_draft = is_node & (node > 0)
+        is_draft = rank >= 0
         list_idx = tl.load(list_ptr + node, mask=is_draft, other=0)
-        rank = tl.load(rank_ptr + node, mask=is_draft, other=0)
         list_ptr_N = candidates + b * candidates_lane_stride + list_idx * candidates_list_stride
-        drafted = tl.load(list_ptr_N + rank, mask=is_draft, other=0)
-        token = tl.where(node == 0, token, drafted)
+        token = tl.where(is_draft, tl.load(list_ptr_N + rank, mask=is_draft, other=0), token)
     row = b * num_nodes + node
     tl.store(out_token + row, token, mask=is_node)
     tl.store(out_position + row, tl.minimum(base + depth, max_position), mask=is_node)
@@ -114,6 +124,7 @@ def _walk_kernel(
     num_nodes: tl.constexpr,
     nodes_padded: tl.constexpr,
     num_levels: tl.constexpr,
+    levels_padded: tl.constexpr,
     num_stop_ids: tl.constexpr,
     stop_ids_padded: tl.constexpr,
     hidden_size: tl.constexpr,
@@ -135,52 +146,64 @@ def _walk_kernel(
     stop_idx = tl.arange(0, stop_ids_padded)
     stops = tl.load(stop_ids + lane * num_stop_ids + stop_idx, mask=stop_idx < num_stop_ids, other=-1)
 
-    out = result + b * (num_levels + 3)
-    # scalars of the walk; int64 throughout, as a loop must not change their type
+    # The walk alone; int64 throughout, as a loop must not change a type. `visited` has a bit for each node whose path holds the
+    # tokens drawn so far; the draw is that of the first.
+    level_L = tl.arange(0, levels_padded)
+    x_L = tl.full([levels_padded], -1, tl.int64)
+    node_L = tl.zeros([levels_padded], tl.int64)
+    bit = tl.full([nodes_padded], 1, tl.int64) << node
+    visited = known * 0 + 1
     current = known * 0
-    is_open = current + 1
-    is_kept = tl.where(finished > 0, current, is_open)
     length = known * 0
-    kept = known * 0
-    code = known * 0
-    last_node = known * 0
-    has_path = tl.load(has_logprobs + lane)
-    for level in range(num_levels):
+    while (visited != 0) & (length < num_levels):
         x = tl.sum(tl.where(node == current, drawn, 0))
-        tl.store(out + level, tl.where(is_open > 0, x, -1))
-        length += is_open
-        keeps = is_open * is_kept * (level < room).to(tl.int64)
-        tl.store(tokens + lane * tokens_stride + known + level, x, mask=keeps > 0)
-        # a path may hold a token more than once
-        tl.atomic_add(count + lane * vocab_size + x, 1, mask=keeps > 0)
-        # The K/V of an accepted node moves from its place in the tree to its place in the path.
-        has_move = (keeps > 0) & (current != level)
-        source_slot = _slot(block_table, lane, known - 1 + current, block_size, table_width, spare_slot, has_move)
-        target_slot = _slot(block_table, lane, known - 1 + level, block_size, table_width, spare_slot, has_move)
-        tl.store(source + b * num_levels + level, tl.where(has_move, source_slot, -1))
-        tl.store(target + b * num_levels + level, tl.where(has_move, target_slot, -1))
-        if keeps * has_path > 0:
-            for start in range(0, hidden_size, hidden_block):
-                column = start + tl.arange(0, hidden_block)
-                values = tl.load(hidden + (b * num_nodes + current) * hidden_size + column, mask=column < hidden_size)
-                path_row = lane * path_levels + level
-                tl.store(path_hidden + path_row * hidden_size + column, values, mask=column < hidden_size)
-        kept += keeps
-        last_node = tl.where(keeps > 0, current, last_node)
-        is_stop = tl.max(((stops == x) & (stops >= 0)).to(tl.int64))
-        code = tl.where((keeps > 0) & (is_stop > 0), _STOP, code)
-        is_kept = is_kept * (1 - is_stop * keeps)
-        child = tl.min(tl.where((parent == current) & (token == x) & is_node, node, nodes_padded))
-        is_open = is_open * (child < num_nodes).to(tl.int64)
-        current = tl.where(is_open > 0, child.to(tl.int64), 0)
-    code = tl.where((code == 0) & (kept >= room) & (finished == 0), _LENGTH, code)
+        x_L = tl.where(level_L == length, x, x_L)
+        node_L = tl.where(level_L == length, current, node_L)
+        length += 1
+        is_visited = (((visited >> tl.maximum(parent, 0)) & 1) > 0) & (parent >= 0) & (token == x)
+        visited = tl.sum(tl.where(is_visited, bit, 0))
+        current = tl.min(tl.where(is_visited, node, nodes_padded)).to(tl.int64)
+
+    # the cut: as cut_walk
+    is_stop_LW = (x_L[:, None] == stops[None, :]) & (stops >= 0)[None, :]
+    is_stop_L = tl.max(is_stop_LW.to(tl.int32), axis=1) > 0
+    stop_len = tl.min(tl.where(is_stop_L & (level_L < length), level_L + 1, levels_padded + 1)).to(tl.int64)
+    kept = tl.minimum(tl.minimum(length, stop_len), room)
+    code = tl.where(kept >= room, _LENGTH, 0)
+    code = tl.where(stop_len <= kept, _STOP, code)
+    kept = tl.where(finished > 0, 0, kept)
+    code = tl.where(finished > 0, 0, code)
+
+    out = result + b * (num_levels + 3)
+    is_level = level_L < num_levels
+    is_kept_L = level_L < kept
+    tl.store(out + level_L, x_L, mask=is_level)
     tl.store(out + num_levels, length)
     tl.store(out + num_levels + 1, kept)
     tl.store(out + num_levels + 2, code)
+    tl.store(tokens + lane * tokens_stride + known + level_L, x_L, mask=is_kept_L)
+    # a path may hold a token more than once
+    tl.atomic_add(count + lane * vocab_size + x_L, 1, mask=is_kept_L)
+    # The K/V of an accepted node moves from its place in the tree to its place in the path.
+    has_move = is_kept_L & (node_L != level_L)
+    source_slot = _slot(block_table, lane, known - 1 + node_L, block_size, table_width, spare_slot, has_move)
+    target_slot = _slot(block_table, lane, known - 1 + level_L, block_size, table_width, spare_slot, has_move)
+    tl.store(source + b * num_levels + level_L, tl.where(has_move, source_slot, -1), mask=is_level)
+    tl.store(target + b * num_levels + level_L, tl.where(has_move, target_slot, -1), mask=is_level)
     tl.store(num_known + lane, known + kept)
     tl.store(is_finished + lane, tl.where(code > 0, 1, finished))
+    if tl.load(has_logprobs + lane) > 0:
+        level = known * 0
+        while level < kept:
+            row = b * num_nodes + tl.sum(tl.where(level_L == level, node_L, 0))
+            path_row = lane * path_levels + level
+            for start in range(0, hidden_size, hidden_block):
+                column = start + tl.arange(0, hidden_block)
+                values = tl.load(hidden + row * hidden_size + column, mask=column < hidden_size)
+                tl.store(path_hidden + path_row * hidden_size + column, values, mask=column < hidden_size)
+            level += 1
     if kept > 0:
-        row = b * num_nodes + last_node
+        row = b * num_nodes + tl.sum(tl.where(level_L == kept - 1, node_L, 0))
         for start in range(0, hidden_size, hidden_block):
             column = start + tl.arange(0, hidden_block)
             values = tl.load(hidden + row * hidden_size + column, mask=column < hidden_size)
@@ -236,6 +259,7 @@ def gather_roots(
 def pack_trees(
     lane_B: Tensor,
     candidates_BRC: Tensor | None,
+    match_BJ: Tensor | None = None,
     *,
     list_N: Tensor,
     depth_N: Tensor,
@@ -253,7 +277,9 @@ def pack_trees(
 
     Args:
         candidates_BRC: lists of tokens, best first, each contiguous; node n is number rank_N[n] of list list_N[n]. None only for a
-            tree of one node.
+            tree without such nodes.
+        match_BJ: keys of kernels/lookup.py, contiguous, for the draft nodes of rank -1: one of depth d holds the token d behind the
+            match, or the root's where nothing matches. Without keys, the root's.
         max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). Attention reads some
             of the results ahead, so a kernel without must come in between; the embedding is one.
@@ -263,8 +289,9 @@ def pack_trees(
         drawn at the row), lane_T, base_B (committed tokens: the root's position).
     """
     num_lanes, num_nodes = lane_B.shape[0], depth_N.shape[0]
-    if candidates_BRC is None and num_nodes > 1:
-        raise ValueError("a tree of more than one node needs candidates")
+    num_keys = 0 if match_BJ is None else match_BJ.shape[1]
+    if candidates_BRC is None and num_keys == 0 and num_nodes > 1:
+        raise ValueError("a tree of more than one node needs candidates or matches")
     if candidates_BRC is not None and candidates_BRC.stride(2) != 1:
         candidates_BRC = candidates_BRC.contiguous()
     token_T, position_T, slot_T, index_T, lane_T = lane_B.new_empty(5, num_lanes * num_nodes)
@@ -272,6 +299,7 @@ def pack_trees(
     _pack_kernel[(num_lanes,)](
         lane_B,
         candidates_BRC,
+        match_BJ,
         list_N,
         depth_N,
         rank_N,
@@ -295,6 +323,8 @@ def pack_trees(
         nodes_padded=triton.next_power_of_2(num_nodes),
         block_size=block_size,
         has_draft=candidates_BRC is not None,
+        num_keys=num_keys,
+        keys_padded=triton.next_power_of_2(max(num_keys, 1)),
         USE_PDL=use_pdl,
         num_warps=1,
         **launch_options(use_pdl),
@@ -366,6 +396,7 @@ def walk_trees(
         num_nodes=num_nodes,
         nodes_padded=triton.next_power_of_2(num_nodes),
         num_levels=num_levels,
+        levels_padded=triton.next_power_of_2(num_levels),
         num_stop_ids=stop_ids_PW.shape[1],
         stop_ids_padded=triton.next_power_of_2(stop_ids_PW.shape[1]),
         hidden_size=hidden_size,

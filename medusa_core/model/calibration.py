@@ -3,11 +3,15 @@
 Format::
 
     {"format": 1, "rank_accuracy": [[...C floats] per head], "num_tokens": 4096, "source": "what was measured, on which prompts",
-     "tree": [[0], [1], [0, 0], ...], "node_acceptance": [0.5, 0.2, 0.17, ...]}
+     "tree": [[0], [1], [0, 0], ...], "node_acceptance": [0.5, 0.2, 0.17, ...],
+     "lookup_tree": [[0], [-1], [-1, -1], ...], "lookup_gains": [0.5, 0.3, 0.2, ...]}
 
 `rank_accuracy[k][r]` is the share of positions at which the (r+1)-th best guess of head k is the token that greedy decoding emits;
 the ranks of a head add up to its top-C accuracy. `tree` is the best tree for what the heads got right together, best node first,
-and `node_acceptance` how often each of its nodes is accepted; without the two, trees are built from the accuracies.
+and `node_acceptance` how often each of its nodes is accepted; without the two, trees are built from the accuracies. `lookup_tree`
+is the best tree with prompt lookup beside the heads, whose nodes have ranks of -1, and `lookup_gains` what each of its nodes adds
+to the tokens of a step, those between two sizes of steps alike; without the two, as in older files, the chain is put into `tree`
+by what is typical.
 
 `medusa calibrate` writes such a file.
 """
@@ -16,9 +20,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from medusa_core.errors import ConfigError, ModelLoadError
 from medusa_core.tree.topology import TreeTopology
@@ -32,14 +37,16 @@ _FOLDER_HEADS = "medusa_lm_head"
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """rank_accuracy: [K][C], see the module's docstring. num_tokens: positions measured. tree: None if there is none; else
-    node_acceptance has an entry per draft node."""
+    """rank_accuracy: [K][C], see the module's docstring. num_tokens: positions measured. tree, lookup_tree: None if there is none;
+    else node_acceptance and lookup_gains have an entry per draft node."""
 
     rank_accuracy: tuple[tuple[float, ...], ...]
     num_tokens: int
     source: str
     tree: TreeTopology | None = None
     node_acceptance: tuple[float, ...] = ()
+    lookup_tree: TreeTopology | None = None
+    lookup_gains: tuple[float, ...] = ()
 
 
 def calibration_path(heads: Path) -> Path:
@@ -67,6 +74,9 @@ def save_calibration(calibration: Calibration, path: Path) -> None:
     if calibration.tree is not None:
         data["tree"] = calibration.tree.choices
         data["node_acceptance"] = _rounded(calibration.node_acceptance)
+    if calibration.lookup_tree is not None:
+        data["lookup_tree"] = calibration.lookup_tree.choices
+        data["lookup_gains"] = _rounded(calibration.lookup_gains)
     # a key a line
     lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in data.items())
     try:
@@ -84,8 +94,10 @@ def load_calibration(path: Path) -> Calibration:
             rank_accuracy=ranks,
             num_tokens=int(data["num_tokens"]),
             source=str(data["source"]),
-            tree=TreeTopology.from_choices(data["tree"], num_heads=len(ranks)) if "tree" in data else None,
-            node_acceptance=tuple(float(share) for share in data["node_acceptance"]) if "tree" in data else (),
+            tree=_tree(data, "tree", len(ranks)),
+            node_acceptance=_shares(data, "node_acceptance") if "tree" in data else (),
+            lookup_tree=_tree(data, "lookup_tree", len(ranks)),
+            lookup_gains=_shares(data, "lookup_gains") if "lookup_tree" in data else (),
         )
         is_known_format = data["format"] == _FORMAT
     except (OSError, ValueError, TypeError, KeyError, OverflowError, ConfigError) as error:
@@ -99,6 +111,14 @@ def load_calibration(path: Path) -> Calibration:
     return calibration
 
 
+def _tree(data: Mapping[str, Any], name: str, num_heads: int) -> TreeTopology | None:
+    return TreeTopology.from_choices(data[name], num_heads=num_heads) if name in data else None
+
+
+def _shares(data: Mapping[str, Any], name: str) -> tuple[float, ...]:
+    return tuple(float(share) for share in data[name])
+
+
 def _rounded(shares: Sequence[float]) -> list[float]:
     """Five digits, down: a head's shares still add up to at most 1."""
     return [math.floor(share * 1e5) / 1e5 for share in shares]
@@ -108,11 +128,16 @@ def _is_valid(calibration: Calibration) -> bool:
     heads, nodes = calibration.rank_accuracy, calibration.node_acceptance
     are_heads_valid = all(head and all(0.0 <= share <= 1.0 for share in head) and sum(head) <= 1.0 + 1e-6 for head in heads)
     parents = calibration.tree.parents[1:] if calibration.tree is not None else ()
-    if len(nodes) != len(parents):
+    num_lookup_nodes = calibration.lookup_tree.num_nodes - 1 if calibration.lookup_tree is not None else 0
+    if len(nodes) != len(parents) or len(calibration.lookup_gains) != num_lookup_nodes:
         return False
+    # nodes that heads fill only: a lookup chain would take from nobody's share
+    are_gains_valid = all(0.0 <= gain <= 1.0 for gain in calibration.lookup_gains)
+    has_own_nodes = calibration.tree is None or calibration.tree.lookup_depth == 0
     # of the root and of the draft nodes, what is left of each for further children
     left = [1.0, *nodes]
     for share, parent in zip(nodes, parents, strict=True):
         left[parent] -= share
     are_nodes_valid = all(share >= 0.0 for share in nodes) and all(share >= -_ROUNDING for share in left)
-    return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid
+    is_lookup_valid = are_gains_valid and has_own_nodes
+    return bool(heads) and calibration.num_tokens > 0 and are_heads_valid and are_nodes_valid and is_lookup_valid

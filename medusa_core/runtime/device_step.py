@@ -19,6 +19,7 @@ from torch import Tensor
 from medusa_core.attention.kernel_context import BlockTables, chunk_context, tree_context
 from medusa_core.kernels.attention import SplitWorkspace
 from medusa_core.kernels.kv_cache import commit_path
+from medusa_core.kernels.lookup import match_suffixes
 from medusa_core.kernels.penalties import penalize_nodes
 from medusa_core.kernels.sampling import draw_rows
 from medusa_core.kernels.topk import argmax_rows
@@ -28,6 +29,7 @@ from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
 from medusa_core.runtime.runner import DeviceModel
 from medusa_core.speculation.device_tree import DeviceTree
+from medusa_core.speculation.lookup import MAX_MATCH_LEN
 
 
 def hidden_stores(lanes: LaneState, num_levels: int, max_chunk_rows: int) -> dict[str, Tensor]:
@@ -139,14 +141,16 @@ class DecodeStep:
         self._parts = parts
         self._is_greedy = is_greedy
         drafter = parts.model.drafter
-        # a tree of one node takes nothing from a list
+        # without heads, nothing is taken from a list
         self._list_N = tree.parent_N if drafter is None else drafter.lists_of(tree)
 
     def __call__(self) -> None:
         parts, lanes, tree = self._parts, self._parts.lanes, self.tree
+        candidates_BRC, match_BJ = self.draft()
         token_T, position_T, slot_T, index_T, lane_T, base_B = pack_trees(
             self.lane_B,
-            self.draft(),
+            candidates_BRC,
+            match_BJ,
             list_N=self._list_N,
             depth_N=tree.depth_N,
             rank_N=tree.rank_N,
@@ -177,11 +181,26 @@ class DecodeStep:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
 
-    def draft(self) -> Tensor | None:
-        """The lists of candidates for every lane, int64 [B, R, C]; None for a tree of one node."""
+    def draft(self) -> tuple[Tensor | None, Tensor | None]:
+        """What heads and text offer every lane: lists of candidates, int64 [B, R, C], and keys of matches, int64 [B, J]; None where
+        the tree asks for none."""
+        match_BJ = self._match() if self.tree.lookup_depth > 0 else None
+        candidates_BRC = self._candidates() if self.tree.head_depth > 0 else None
+        return candidates_BRC, match_BJ
+
+    def _match(self) -> Tensor:
+        lanes = self._parts.lanes
+        return match_suffixes(
+            self.lane_B,
+            num_known_P=lanes.num_known_P,
+            tokens_PL=lanes.tokens_PL,
+            max_match_len=MAX_MATCH_LEN,
+            use_pdl=self._parts.use_pdl,
+        )
+
+    def _candidates(self) -> Tensor:
         drafter, lanes = self._parts.model.drafter, self._parts.lanes
-        if drafter is None or self.tree.num_nodes == 1:
-            return None
+        assert drafter is not None  # without heads, no tree has nodes for them
         hidden_BE, root_B = gather_roots(
             self.lane_B,
             num_known_P=lanes.num_known_P,

@@ -24,6 +24,7 @@ from medusa_core.runtime.results import lane_result
 from medusa_core.sampling.logprobs import logprobs_of_hidden, token_logprobs
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
+from medusa_core.speculation.lookup import lookup_tokens
 from medusa_core.speculation.verify import Walk, cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
 
@@ -33,7 +34,7 @@ class DeviceModel:
     """The model as the runner uses it.
 
     forward: (token_ids_T, position_ids_T, context) -> post-norm hidden_TE. project: hidden_TE -> logits_TV float32.
-    drafter: None without heads, and every tree has one node. best_token: hidden_TE -> the token of the
+    drafter: None without heads, and no tree has nodes for them. best_token: hidden_TE -> the token of the
     largest logit, the lowest id among equals, int64 [T], where there is a shorter way to it than `project`.
     """
 
@@ -149,11 +150,8 @@ class ModelRunner:
         index_B = self._lanes.index(group.lanes)
         base_B = self._lanes.num_known_P[index_B] - 1
         root_B = self._lanes.tokens_PL[index_B, base_B]
-        if self._model.drafter is None or tree.num_nodes == 1:
-            tokens_BN = root_B.unsqueeze(1)
-        else:
-            hidden_BE = self._lanes.hidden_PE[index_B]
-            tokens_BN = draft_tree(self._model.drafter, hidden_BE, root_B, tree)
+        lookup_BD = lookup_tokens(self._lanes.tokens_PL, index_B, base_B + 1, tree.lookup_depth) if tree.lookup_depth else None
+        tokens_BN = draft_tree(self._model.drafter, self._lanes.hidden_PE[index_B], root_B, tree, lookup_BD)
         segment = self._segment(group.lanes, index_B, base_B, tree, start_row)
         return _Rows(group.lanes, index_B, segment, tokens_BN, tree, False, True)
 

@@ -31,7 +31,7 @@ from medusa_core.scheduler.queue import WaitingQueue
 class Scheduler:
     """Policy of one engine. Not thread-safe.
 
-    max_depth: longest path of the tree in draft nodes; 0 without heads. clock: seconds, on the clock of `EngineRequest.arrival_s`.
+    max_depth: longest path of the tree in draft nodes; 0 where nothing drafts. clock: seconds, as `EngineRequest.arrival_s`.
     """
 
     def __init__(

@@ -8,19 +8,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medusa_core.tree.topology import TreeTopology
+from medusa_core.tree.topology import TreeTopology, is_lookup
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceTree:
     """N nodes, the root first; parents precede children.
 
-    parent_N (root -1), depth_N (root 0), rank_N (rank in its head's list; root -1): int64. ancestor_mask_NN: bool, self included.
+    parent_N (root -1), depth_N (root 0), rank_N (rank in its head's list; -1 for the root and lookup nodes): int64.
+    ancestor_mask_NN: bool, self included.
     ancestor_bits_N: the same as bits, node j at bit j of an int64 (bit 63 is its sign); empty for a chain of more than 64.
-    inner_levels: the nodes with children, a level at a time from the root on: (parent_n, rank_n), int64, the place of each one's
-        parent within the level above and its rank; zeros for the root. inner_list_N: the place of each node's parent among all of
-        them; root -1.
-    max_depth, max_rank: as in TreeTopology.
+    inner_levels: the nodes with children that heads fill, a level at a time from the root on: (parent_n, rank_n), int64, the place
+        of each one's parent within the level above and its rank; zeros for the root. inner_list_N: the place of each node's parent
+        among all of them; -1 for the root and lookup nodes.
+    max_depth, head_depth, lookup_depth, max_rank: as in TreeTopology.
     """
 
     parent_N: Tensor
@@ -31,6 +32,8 @@ class DeviceTree:
     inner_list_N: Tensor
     inner_levels: tuple[tuple[Tensor, Tensor], ...]
     max_depth: int
+    head_depth: int
+    lookup_depth: int
     max_rank: int
 
     @property
@@ -55,6 +58,8 @@ class DeviceTree:
                 for parents, ranks in levels
             ),
             max_depth=topology.max_depth,
+            head_depth=topology.head_depth,
+            lookup_depth=topology.lookup_depth,
             max_rank=topology.max_rank,
         )
 
@@ -65,17 +70,17 @@ class DeviceTree:
         mask = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=device).tril()
         no_bits = torch.zeros(0, dtype=torch.int64, device=device)
         # nobody drafts a chain of known tokens
-        return cls(index - 1, index, torch.zeros_like(index), mask, no_bits, index - 1, (), num_tokens - 1, -1)
+        return cls(index - 1, index, torch.zeros_like(index), mask, no_bits, index - 1, (), num_tokens - 1, 0, 0, -1)
 
 
 def _inner_nodes(topology: TreeTopology) -> tuple[list[int], list[tuple[list[int], list[int]]]]:
     """`inner_list_N` and `inner_levels`."""
-    by_depth: list[list[int]] = [[] for _ in range(topology.max_depth)]
-    for node, children in enumerate(topology.children):
-        if children:
-            by_depth[topology.depths[node]].append(node)
+    parent_of = {node: topology.parents[node] for node, choice in enumerate(topology.choices, start=1) if not is_lookup(choice)}
+    by_depth: list[list[int]] = [[] for _ in range(topology.head_depth)]
+    for node in sorted(set(parent_of.values())):
+        by_depth[topology.depths[node]].append(node)
     place = {node: number for number, node in enumerate(node for nodes in by_depth for node in nodes)}
-    levels = [([0], [0])] if topology.max_depth else []
+    levels = [([0], [0])] if by_depth else []
     for above, nodes in itertools.pairwise(by_depth):
-        levels.append(([above.index(topology.parents[node]) for node in nodes], [topology.ranks[node] for node in nodes]))
-    return [-1, *(place[parent] for parent in topology.parents[1:])], levels
+        levels.append(([above.index(parent_of[node]) for node in nodes], [topology.ranks[node] for node in nodes]))
+    return [place[parent_of[node]] if node in parent_of else -1 for node in range(topology.num_nodes)], levels

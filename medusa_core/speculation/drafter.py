@@ -1,7 +1,8 @@
-"""Fills a tree with the heads' most likely tokens.
+"""Fills a tree with the heads' most likely tokens and with what the text suggests.
 
 A drafter offers *lists* of candidates, and each node takes the one of its rank from one of them. Independent heads have one each,
-for all nodes of a depth; where candidates depend on the path, there is one for every node with children.
+for all nodes of a depth; where candidates depend on the path, there is one for every node with children. Lookup nodes take theirs
+from the text (speculation/lookup.py), and no drafter sees them.
 
 Shapes: B lanes · N tree nodes · R lists · C candidates per list · m, n nodes with children on one level and the next · E hidden.
 """
@@ -24,10 +25,10 @@ class Drafter(Protocol):
     """What fills trees."""
 
     def lists_of(self, tree: DeviceTree) -> Tensor:
-        """Which list each node takes its token from, int64 [N]; -1 for the root."""
+        """Which list each node takes its token from, int64 [N]; any number for the root and lookup nodes."""
 
     def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
-        """Lists of base vocabulary ids, best first, int64 [B, R, C], for a tree of at least two nodes.
+        """Lists of base vocabulary ids, best first, int64 [B, R, C], for a tree that asks for some.
 
         hidden_BE: post-norm hidden state at the position before the root. root_B: the root's token.
         """
@@ -44,7 +45,7 @@ class IndependentDrafter:
         return tree.depth_N - 1
 
     def __call__(self, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
-        return self._topk(hidden_BE, tree.max_depth, tree.max_rank + 1)
+        return self._topk(hidden_BE, tree.head_depth, tree.max_rank + 1)
 
 
 class SequentialDrafter:
@@ -78,10 +79,21 @@ def make_drafter(heads: DraftHeads, loaded: LoadedModel, *, has_kernels: bool = 
     return SequentialDrafter(heads, loaded)
 
 
-def draft_tree(drafter: Drafter, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree) -> Tensor:
-    """Token of every node, int64 [B, N]. See `Drafter` for the arguments."""
-    if tree.num_nodes == 1:
-        return root_B.unsqueeze(1)
-    lists_BRC = drafter(hidden_BE, root_B, tree)
-    drafted_Bn = lists_BRC[:, drafter.lists_of(tree)[1:], tree.rank_N[1:]]
-    return torch.cat([root_B.unsqueeze(1), drafted_Bn], dim=1)
+def draft_tree(
+    drafter: Drafter | None, hidden_BE: Tensor, root_B: Tensor, tree: DeviceTree, lookup_BD: Tensor | None = None
+) -> Tensor:
+    """Token of every node, int64 [B, N]. See `Drafter` for the arguments.
+
+    drafter: None only for a tree without nodes of heads. lookup_BD: the text's tokens, one for each node of the lookup chain.
+    """
+    tokens_BN = root_B.unsqueeze(1).repeat(1, tree.num_nodes)
+    if tree.head_depth > 0:
+        assert drafter is not None
+        lists_BRC = drafter(hidden_BE, root_B, tree)
+        is_drafted_N = tree.rank_N >= 0
+        drafted_BN = lists_BRC[:, torch.where(is_drafted_N, drafter.lists_of(tree), 0), tree.rank_N]
+        tokens_BN = torch.where(is_drafted_N, drafted_BN, tokens_BN)
+    if lookup_BD is not None:
+        is_lookup_N = (tree.rank_N < 0) & (tree.depth_N > 0)
+        tokens_BN = torch.where(is_lookup_N, lookup_BD[:, (tree.depth_N - 1).clamp(0, tree.lookup_depth - 1)], tokens_BN)
+    return tokens_BN

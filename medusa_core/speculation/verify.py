@@ -5,6 +5,10 @@ Every token emitted is the model's own, whatever the tree proposed: the rule is 
 and no lossless rule accepts more for a fixed set of children. The noise of a draw depends on its index alone
 (sampling/noise.py), so even the sampled tokens do not depend on the tree.
 
+A tree may hold the same tokens on more than one path, since prompt lookup and heads do not know of each other. Such nodes are
+interchangeable: same tokens, same positions, so the same logits and the same K/V. So what is walked is a set of nodes, all of those
+whose path holds the tokens drawn so far, and the first of them stands for all.
+
 Shapes: B lanes · N tree nodes · L levels (max depth + 1) · V vocabulary · W stop ids per lane.
 """
 
@@ -26,7 +30,8 @@ NOT_FINISHED, FINISHED_STOP, FINISHED_LENGTH = 0, 1, 2
 class Walk:
     """Level l of a lane: the token drawn at the node that level visited.
 
-    token_ids_BL: int64, -1 beyond the walk's end. node_BL: int64, the node whose logits gave the token, 0 beyond the end.
+    token_ids_BL: int64, -1 beyond the walk's end. node_BL: int64, the node whose logits gave the token, the lowest of those whose
+    path holds the tokens drawn before; 0 beyond the end. It need not be a child of the node before.
     length_B: int64, tokens drawn, i.e. accepted + 1.
     """
 
@@ -53,6 +58,8 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
     node_BL = torch.zeros_like(token_ids_BL)
     node_B = torch.zeros(num_lanes, dtype=torch.int64, device=device)
     is_open_B = torch.ones(num_lanes, dtype=torch.bool, device=device)
+    # the nodes whose path holds the tokens drawn so far: at first the root
+    is_visited_BN = (tree.parent_N < 0).expand(num_lanes, -1)
     for level in range(tree.max_depth + 1):
         open_r = _open_lanes(is_open_B)
         if argmax_BN is not None:
@@ -65,9 +72,10 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
         drawn_B[open_r] = drawn_r
         token_ids_BL[:, level] = torch.where(is_open_B, drawn_B, -1)
         node_BL[:, level] = node_B
-        is_hit_BN = (tree.parent_N == node_B.unsqueeze(1)) & (tokens_BN == drawn_B.unsqueeze(1))
-        is_open_B = is_open_B & is_hit_BN.any(dim=1)
-        node_B = torch.where(is_open_B, is_hit_BN.to(torch.int64).argmax(dim=1), 0)
+        is_child_BN = is_visited_BN[:, tree.parent_N.clamp(min=0)] & (tree.parent_N >= 0)
+        is_visited_BN = is_child_BN & (tokens_BN == drawn_B.unsqueeze(1))
+        is_open_B = is_visited_BN.any(dim=1)
+        node_B = is_visited_BN.to(torch.int64).argmax(dim=1)
         if device.type == "cpu" and not bool(is_open_B.any()):
             break
     return Walk(token_ids_BL, node_BL, (token_ids_BL >= 0).sum(dim=1))

@@ -1,10 +1,11 @@
-"""What heads get right along answers, and the calibration that follows from it."""
+"""What heads and prompt lookup get right along answers, and the calibration that follows from it."""
 
-# Shape suffixes: N positions · K heads · C candidates per head · T tokens · E hidden
+# Shape suffixes: N positions · K heads · C candidates per head · T tokens · E hidden · D tokens of a lookup
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+import itertools
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +17,10 @@ from medusa_core.model.calibration import Calibration
 from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel
 from medusa_core.model.sequential_heads import SequentialHeads
+from medusa_core.scheduler.controller import tree_sizes
+from medusa_core.speculation.lookup import lookup_tokens
 from medusa_core.training.answers import Answer
+from medusa_core.tree.merge import MAX_LOOKUP_DEPTH, merge_observed
 from medusa_core.tree.search import best_observed_tree
 from medusa_core.tree.topology import MAX_NODES, Choice, TreeTopology
 
@@ -30,20 +34,25 @@ _TREE_ROUNDS = 3
 _LEVEL_COST = 0.07
 
 
+# A tree, and what each of its draft nodes brings.
+_ValuedTree = tuple[TreeTopology, tuple[float, ...]]
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MeasuredAnswer:
-    """What heads get right along one answer. paths: for each place at which a step could start, in order, the ranks of the right
-    tokens, up to the first head that missed."""
+    """What is right along one answer, for each place at which a step could start, in order. paths: the ranks of the right tokens in
+    the heads' lists, up to the first head that missed. lookup_lens: how many tokens prompt lookup has right."""
 
     category: str
     paths: tuple[Choice, ...]
+    lookup_lens: tuple[int, ...]
 
     def steps(self, tree: TreeTopology) -> Iterator[int]:
         """Where steps with this tree start, one after the other: each as far behind the one before as that emits tokens."""
         choices, at = set(tree.choices), 0
         while at < len(self.paths):
             yield at
-            at += 1 + _num_accepted(self.paths[at], choices)
+            at += 1 + max(_num_accepted(self.paths[at], choices), min(self.lookup_lens[at], tree.lookup_depth))
 
 
 @torch.inference_mode()
@@ -78,6 +87,19 @@ def observed_ranks(heads: DraftHeads, loaded: LoadedModel, answer: Answer, num_c
     return torch.cat(ranks).cpu()
 
 
+def observed_lookups(answer: Answer) -> tuple[int, ...]:
+    """How many tokens prompt lookup has right behind each root of `observed_ranks`, up to the longest chain there is."""
+    num_prompt, num_roots = len(answer.prompt_token_ids), len(answer.output_token_ids) - 1
+    tokens_T = torch.tensor(answer.prompt_token_ids + answer.output_token_ids)
+    lens: list[int] = []
+    for num_known_N in torch.split(num_prompt + 1 + torch.arange(num_roots), _MAX_ROWS):
+        found_ND = lookup_tokens(tokens_T[None], torch.zeros_like(num_known_N), num_known_N, MAX_LOOKUP_DEPTH)
+        place_ND = num_known_N[:, None] + torch.arange(MAX_LOOKUP_DEPTH)
+        is_right_ND = (found_ND == tokens_T[place_ND.clamp(max=len(tokens_T) - 1)]) & (place_ND < len(tokens_T))
+        lens += is_right_ND.int().cumprod(dim=1).sum(dim=1).tolist()
+    return tuple(lens)
+
+
 def calibrate(
     heads: DraftHeads,
     loaded: LoadedModel,
@@ -87,9 +109,10 @@ def calibrate(
     num_candidates: int = 10,
     progress: bool = False,
 ) -> tuple[Calibration, list[MeasuredAnswer]]:
-    """Measure the heads along the answers and choose the best nested tree. Answers of one token have no position to measure.
+    """Measure heads and prompt lookup along the answers and choose the best nested trees, with lookup and without. Answers of one
+    token have no position to measure.
 
-    Steps start more often where text is hard to guess, since each one skips what it got right. So the tree is chosen for the places
+    Steps start more often where text is hard to guess, since each one skips what it got right. So a tree is chosen for the places
     at which steps with it start, not for all alike, in a few rounds.
 
     Raises ConfigError where no answer has a position.
@@ -101,21 +124,22 @@ def calibrate(
             continue
         ranks.append(observed_ranks(heads, loaded, answer, num_candidates))
         paths = tuple(_path(row, num_candidates) for row in ranks[-1].tolist())
-        measured.append(MeasuredAnswer(category=answer.category, paths=paths))
+        measured.append(MeasuredAnswer(category=answer.category, paths=paths, lookup_lens=observed_lookups(answer)))
     if not measured:
         raise ConfigError("No answer is longer than one token, so there is nothing to measure.", hint="Use other prompts.")
     level_cost = _LEVEL_COST if isinstance(heads, SequentialHeads) and heads.shape.is_sequential else 0.0
-    starts: list[Sequence[int]] = [range(len(answer.paths)) for answer in measured]
-    tree, acceptance = _tree_for(measured, ranks, starts, num_candidates, level_cost)
-    for _ in range(_TREE_ROUNDS):
-        starts = [list(answer.steps(tree.prefix(_TYPICAL_NODES))) for answer in measured]
-        tree, acceptance = _tree_for(measured, ranks, starts, num_candidates, level_cost)
+    tree, acceptance = _in_rounds(measured, lambda starts: _tree_for(measured, ranks, starts, num_candidates, level_cost))
+    lookup_tree, lookup_gains = _in_rounds(
+        measured, lambda starts: _lookup_tree_for(measured, ranks, starts, num_candidates, level_cost)
+    )
     calibration = Calibration(
         rank_accuracy=_rank_accuracy(torch.cat(ranks), num_candidates),
         num_tokens=sum(len(answer.paths) for answer in measured),
         source=source,
         tree=tree,
         node_acceptance=acceptance,
+        lookup_tree=lookup_tree,
+        lookup_gains=lookup_gains,
     )
     return calibration, measured
 
@@ -126,17 +150,55 @@ def tokens_per_step(tree: TreeTopology, answers: Sequence[MeasuredAnswer]) -> fl
     return sum(len(answer.paths) for answer in answers) / num_steps
 
 
+def _in_rounds(measured: Sequence[MeasuredAnswer], choose: Callable[[Sequence[Sequence[int]]], _ValuedTree]) -> _ValuedTree:
+    """What `choose` makes of the places at which steps with its own tree start, by answer."""
+    chosen = choose([range(len(answer.paths)) for answer in measured])
+    for _ in range(_TREE_ROUNDS):
+        typical = chosen[0].prefix(_TYPICAL_NODES)
+        chosen = choose([list(answer.steps(typical)) for answer in measured])
+    return chosen
+
+
 def _tree_for(
     measured: Sequence[MeasuredAnswer],
     ranks: Sequence[Tensor],
     starts: Sequence[Sequence[int]],
     num_candidates: int,
     level_cost: float,
-) -> tuple[TreeTopology, tuple[float, ...]]:
+) -> _ValuedTree:
     """The best tree for steps that start at these places of each answer, and how often its nodes are accepted there."""
     paths = (answer.paths[at] for answer, places in zip(measured, starts, strict=True) for at in places)
     ranks_NK = torch.cat([ranks_NK[list(places)] for ranks_NK, places in zip(ranks, starts, strict=True)])
     return best_observed_tree(paths, _rank_accuracy(ranks_NK, num_candidates), MAX_NODES, level_cost=level_cost)
+
+
+def _lookup_tree_for(
+    measured: Sequence[MeasuredAnswer],
+    ranks: Sequence[Tensor],
+    starts: Sequence[Sequence[int]],
+    num_candidates: int,
+    level_cost: float,
+) -> _ValuedTree:
+    """The best tree with prompt lookup for steps that start at these places, and the gains of its nodes.
+
+    Heads are there for what lookup does not have, so their nodes are ordered by the places where it misses.
+    """
+    missed = [[at for at in places if answer.lookup_lens[at] == 0] for answer, places in zip(measured, starts, strict=True)]
+    heads_tree, _ = _tree_for(measured, ranks, missed if any(missed) else starts, num_candidates, level_cost)
+    places = ((answer.paths[at], answer.lookup_lens[at]) for answer, places in zip(measured, starts, strict=True) for at in places)
+    tree = merge_observed(heads_tree, places, MAX_NODES)
+    return tree, _gains(tree, measured)
+
+
+def _gains(tree: TreeTopology, measured: Sequence[MeasuredAnswer]) -> tuple[float, ...]:
+    """What each draft node adds to the tokens of a step: those between two sizes that steps have alike, as a chain pays only in the
+    whole, and each size by where steps of that size start."""
+    sizes = tree_sizes(tree.num_nodes)
+    expected = [tokens_per_step(tree.prefix(size), measured) for size in sizes]
+    gains: list[float] = []
+    for (size, larger), (before, after) in zip(itertools.pairwise(sizes), itertools.pairwise(expected), strict=True):
+        gains += [max(after - before, 0.0) / (larger - size)] * (larger - size)
+    return tuple(gains)
 
 
 def _rank_accuracy(ranks_NK: Tensor, num_candidates: int) -> tuple[tuple[float, ...], ...]:

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from medusa_core.errors import ConfigError
-from medusa_core.tree.topology import Choice, TreeTopology
+from medusa_core.tree.topology import Choice, TreeTopology, is_lookup
 
 
 def best_tree(rank_accuracy: Sequence[Sequence[float]], num_nodes: int) -> TreeTopology:
@@ -110,12 +110,12 @@ def best_observed_tree(
 
 def node_acceptance(topology: TreeTopology, rank_accuracy: Sequence[Sequence[float]]) -> tuple[float, ...]:
     """How often each draft node is accepted if the heads are independent; 0 where no accuracy was measured (deeper heads, higher
-    ranks)."""
+    ranks) and for lookup nodes."""
     return tuple(_probability(choice, rank_accuracy) for choice in topology.choices)
 
 
 def _probability(choice: Choice, rank_accuracy: Sequence[Sequence[float]]) -> float:
-    if len(choice) > len(rank_accuracy):
+    if len(choice) > len(rank_accuracy) or is_lookup(choice):
         return 0.0
     return math.prod(accuracy[rank] if rank < len(accuracy) else 0.0 for rank, accuracy in zip(choice, rank_accuracy, strict=False))
 

@@ -2,6 +2,9 @@
 
 A *choice* names a node by the ranks on its path: (0, 2, 1) is head 1's best token, then head 2's third, then head 3's second.
 Node 0 is the root (the last known token); node i > 0 is choice i - 1.
+
+One chain of nodes may be filled from the text instead, with what came behind an earlier place that reads alike (prompt lookup):
+every rank of its choices is LOOKUP, so they are (-1,), (-1, -1) and so on.
 """
 
 from __future__ import annotations
@@ -15,7 +18,19 @@ from medusa_core.errors import ConfigError
 
 Choice = tuple[int, ...]
 
+# The rank of a node that no head fills.
+LOOKUP = -1
 MAX_NODES = NODE_BUCKETS[-1]
+
+
+def is_lookup(choice: Choice) -> bool:
+    """Whether the node is filled from the text."""
+    return bool(choice) and all(rank == LOOKUP for rank in choice)
+
+
+def lookup_chain(depth: int) -> tuple[Choice, ...]:
+    """The choices of a lookup chain so deep."""
+    return tuple((LOOKUP,) * length for length in range(1, depth + 1))
 
 
 @dataclass(frozen=True)
@@ -30,8 +45,10 @@ class TreeTopology:
     def __post_init__(self) -> None:
         seen: set[Choice] = {()}
         for choice in self.choices:
-            if not choice or any(rank < 0 for rank in choice):
-                raise ConfigError(f"Tree choice {list(choice)} must be one or more ranks, each 0 or greater.")
+            if not choice or not (is_lookup(choice) or all(rank >= 0 for rank in choice)):
+                raise ConfigError(
+                    f"Tree choice {list(choice)} must be one or more ranks, each 0 or greater, or all {LOOKUP} for prompt lookup."
+                )
             if choice in seen:
                 raise ConfigError(f"Tree choice {list(choice)} appears twice.", hint="Remove one of them.")
             if choice[:-1] not in seen:
@@ -47,10 +64,10 @@ class TreeTopology:
 
     @classmethod
     def from_choices(cls, choices: Sequence[Sequence[int]], *, num_heads: int | None = None) -> TreeTopology:
-        """The tree of these draft nodes. With `num_heads`, a choice deeper than there are heads raises ConfigError."""
+        """The tree of these draft nodes. With `num_heads`, a choice of heads deeper than there are heads raises ConfigError."""
         topology = cls(tuple(tuple(choice) for choice in choices))
-        if num_heads is not None and topology.max_depth > num_heads:
-            deep = next(choice for choice in topology.choices if len(choice) > num_heads)
+        if num_heads is not None and topology.head_depth > num_heads:
+            deep = next(choice for choice in topology.choices if len(choice) > num_heads and not is_lookup(choice))
             raise ConfigError(
                 f"Tree choice {list(deep)} needs {len(deep)} heads, the model has {num_heads}.",
                 hint="Use a shallower tree or heads that reach further.",
@@ -73,8 +90,18 @@ class TreeTopology:
         return max(self.depths)
 
     @property
+    def head_depth(self) -> int:
+        """Nodes on the longest path that heads fill: how many heads are needed. 0 where they fill none."""
+        return max((len(choice) for choice in self.choices if not is_lookup(choice)), default=0)
+
+    @property
+    def lookup_depth(self) -> int:
+        """Nodes of the lookup chain."""
+        return sum(map(is_lookup, self.choices))
+
+    @property
     def max_rank(self) -> int:
-        """Highest rank used: heads must offer `max_rank + 1` candidates. -1 for the root alone."""
+        """Highest rank used: heads must offer `max_rank + 1` candidates. -1 where they fill no node."""
         return max(rank for choice in ((-1,), *self.choices) for rank in choice)
 
     @cached_property
@@ -85,12 +112,12 @@ class TreeTopology:
 
     @cached_property
     def depths(self) -> tuple[int, ...]:
-        """Distance from the root; a node of depth d holds a candidate of head d (1-based)."""
+        """Distance from the root; a node of depth d holds a candidate of head d (1-based), or the lookup's token number d."""
         return (0, *(len(choice) for choice in self.choices))
 
     @cached_property
     def ranks(self) -> tuple[int, ...]:
-        """Rank of each node's token in its head's list; -1 for the root."""
+        """Rank of each node's token in its head's list; -1 for the root and where there is no list (LOOKUP)."""
         return (-1, *(choice[-1] for choice in self.choices))
 
     @cached_property
@@ -115,4 +142,4 @@ class TreeTopology:
 
     def limit_depth(self, max_depth: int) -> TreeTopology:
         """The nodes that `max_depth` heads can fill, order kept."""
-        return TreeTopology(tuple(choice for choice in self.choices if len(choice) <= max_depth))
+        return TreeTopology(tuple(choice for choice in self.choices if len(choice) <= max_depth and not is_lookup(choice)))

@@ -177,7 +177,7 @@ def test_a_tree_without_heads_is_refused_once_that_is_known(bench, tiny, tmp_pat
     finally:
         (tmp_path / "heads.safetensors").rename(tiny[at + 1])
     assert code == 2
-    assert err.splitlines()[-1].startswith("medusa: --tree mc_sim_7b_63 needs Medusa heads")
+    assert err.splitlines()[-1].startswith("medusa: The tree 'mc_sim_7b_63' needs heads")
 
 
 def interrupt() -> NoReturn:

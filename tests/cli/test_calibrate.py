@@ -63,8 +63,8 @@ def test_the_tree_it_writes_is_the_one_the_engine_offers(run, tiny, questions):
 
     model = ModelConfig(model=options[1], heads=str(heads), dtype="float32", device="cpu", max_model_len=100)
     core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=100), scheduler=SchedulerConfig(max_num_seqs=1)))
-    assert core.info.tree == "calibrated"
-    assert core.info.tree_sizes[-1] == calibration.tree.num_nodes
+    assert core.info.tree == "calibrated+lookup"
+    assert core.info.tree_sizes[-1] == calibration.lookup_tree.num_nodes
 
 
 def test_another_file_can_be_named(run, tiny, questions, tmp_path):

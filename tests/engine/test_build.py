@@ -67,10 +67,16 @@ def tokens_of(core: EngineCore) -> list[list[int]]:
 
 
 def test_without_heads_it_serves_and_warns(folder, caplog):
-    core = build(folder)
+    core = build(folder, prompt_lookup=False)
     assert (core.info.num_heads, core.info.tree, core.info.tree_size, core.info.max_depth) == (0, "none", "1", 0)
     assert "No Medusa heads found for tiny" in caplog.text
     assert [len(tokens) for tokens in tokens_of(core)] == [12, 12]
+
+
+def test_without_heads_the_text_is_drafted_from(folder):
+    core = build(folder, "none", tree_size=16)
+    assert (core.info.num_heads, core.info.tree, core.info.tree_size, core.info.max_depth) == (0, "lookup", "16", 15)
+    assert tokens_of(core) == tokens_of(build(folder, "none", enabled=False))
 
 
 def test_heads_none_is_no_reason_to_warn(folder, caplog):
@@ -79,10 +85,10 @@ def test_heads_none_is_no_reason_to_warn(folder, caplog):
 
 
 def test_heads_by_name_change_no_token(folder, heads):
-    core = build(folder, heads)
+    core = build(folder, heads, prompt_lookup=False)
     assert (core.info.num_heads, core.info.tree, core.info.tree_size) == (NUM_HEADS, "mc_sim_7b_63", "4")
     assert core.info.max_depth == NUM_HEADS
-    assert tokens_of(core) == tokens_of(build(folder))
+    assert tokens_of(core) == tokens_of(build(folder, enabled=False))
 
 
 def test_heads_beside_the_model_are_found(folder, heads):
@@ -94,7 +100,7 @@ def test_a_calibration_beside_the_heads_builds_the_tree(folder, heads):
     calibration = {"format": 1, "rank_accuracy": [[0.5, 0.2], [0.3, 0.1]], "num_tokens": 100, "source": "a test"}
     heads.with_suffix(".calibration.json").write_text(json.dumps(calibration))
     core = build(folder, heads)
-    assert core.info.tree == "calibrated"
+    assert core.info.tree == "calibrated+lookup"
 
 
 def test_without_speculation_heads_are_not_even_read(folder):

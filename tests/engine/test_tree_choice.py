@@ -13,8 +13,9 @@ from medusa_core.errors import ConfigError
 from medusa_core.model.calibration import Calibration
 from medusa_core.scheduler.controller import TreeSizeController
 from medusa_core.scheduler.costs import CostCurve, PackedCosts
+from medusa_core.tree.merge import MAX_LOOKUP_DEPTH
 from medusa_core.tree.presets import load_tree
-from medusa_core.tree.topology import TreeTopology
+from medusa_core.tree.topology import TreeTopology, lookup_chain
 
 
 def calibrated(*accuracy: tuple[float, ...], **tree: object) -> Calibration:
@@ -25,14 +26,16 @@ CALIBRATION = calibrated((0.5, 0.2, 0.1), (0.3, 0.1, 0.05))
 
 
 def choose(num_heads: int = 4, calibration: Calibration | None = None, **options: object) -> tuple[TreeTopology, str]:
-    tree = choose_tree(SpeculationConfig(**options), num_heads, calibration)
-    assert len(tree.node_acceptance) == tree.topology.num_nodes - 1
+    """Of heads alone, unless the options say otherwise."""
+    tree = choose_tree(SpeculationConfig(**{"prompt_lookup": False, **options}), num_heads, calibration)
+    assert len(tree.gains) == tree.topology.num_nodes - 1
     return tree.topology, tree.name
 
 
+@pytest.mark.parametrize("prompt_lookup", [False, True])
 @pytest.mark.parametrize("options", [{"enabled": False}, {"tree_size": 1}, {"tree_size": 1, "tree": "chain-2"}])
-def test_without_speculation_the_tree_is_the_root(options):
-    assert choose(calibration=CALIBRATION, **options) == (ROOT_ONLY.topology, "none")
+def test_without_speculation_the_tree_is_the_root(options, prompt_lookup):
+    assert choose(calibration=CALIBRATION, prompt_lookup=prompt_lookup, **options) == (ROOT_ONLY.topology, "none")
 
 
 def test_without_heads_the_tree_is_the_root():
@@ -69,7 +72,7 @@ def test_a_calibration_out_of_order_is_accepted():
 def test_a_calibrations_own_tree_comes_first():
     own = TreeTopology.from_choices([(1,), (1, 2)])
     calibration = calibrated((0.5, 0.2, 0.1), (0.3, 0.1, 0.05), tree=own, node_acceptance=(0.4, 0.25))
-    tree = choose_tree(SpeculationConfig(), 2, calibration)
+    tree = choose_tree(SpeculationConfig(prompt_lookup=False), 2, calibration)
     assert tree == ChosenTree(own, "calibrated", (0.4, 0.25))
     assert [tree.expected_tokens(num_nodes) for num_nodes in (1, 2, 3)] == [1.0, 1.4, 1.65]
     # It is of no use where there are fewer heads, and a tree named by the user comes before it.
@@ -80,6 +83,51 @@ def test_a_calibrations_own_tree_comes_first():
 def test_a_named_tree_is_taken_as_it_is():
     topology, name = choose(calibration=CALIBRATION, tree="chain-3")
     assert (topology, name) == (load_tree("chain-3"), "chain-3")
+
+
+def test_without_heads_the_tree_is_the_lookup_chain():
+    topology, name = choose(num_heads=0, prompt_lookup=True)
+    assert (topology.choices, name) == (lookup_chain(MAX_LOOKUP_DEPTH), "lookup")
+
+
+def test_prompt_lookup_joins_the_heads_tree():
+    topology, name = choose(num_heads=2, prompt_lookup=True)
+    assert name == "mc_sim_7b_63+lookup"
+    assert (topology.head_depth, topology.lookup_depth) == (2, MAX_LOOKUP_DEPTH)
+    # both are there from the smallest sizes on
+    assert (topology.prefix(8).head_depth, topology.prefix(8).lookup_depth) == (2, 4)
+    topology, name = choose(num_heads=2, calibration=CALIBRATION, prompt_lookup=True)
+    assert name == "calibrated+lookup"
+    assert {choice for choice in topology.choices if choice[0] >= 0} == set(choose(2, CALIBRATION)[0].choices)
+
+
+def test_a_calibrations_own_tree_with_lookup_comes_first():
+    own = TreeTopology.from_choices([(1,), (1, 2)])
+    with_lookup = TreeTopology.from_choices([(1,), (-1,), (-1, -1), (1, 2)])
+    gains = (0.4, 0.2, 0.15, 0.1)
+    both = {"tree": own, "node_acceptance": (0.4, 0.25), "lookup_tree": with_lookup, "lookup_gains": gains}
+    calibration = calibrated((0.5, 0.2, 0.1), (0.3, 0.1, 0.05), **both)
+    tree = choose_tree(SpeculationConfig(), 2, calibration)
+    assert tree == ChosenTree(with_lookup, "calibrated+lookup", gains)
+    assert [tree.expected_tokens(num_nodes) for num_nodes in (2, 4, 5)] == pytest.approx([1.4, 1.75, 1.85])
+    assert choose(num_heads=2, calibration=calibration)[0] == own
+    # measured for two heads
+    assert choose(num_heads=1, calibration=calibration, prompt_lookup=True)[0].head_depth == 1
+
+
+def test_a_file_may_hold_a_lookup_chain(tmp_path: Path):
+    path = tmp_path / "tree.json"
+    path.write_text(json.dumps([[0], [-1], [-1, -1]]))
+    tree = choose_tree(SpeculationConfig(tree=str(path)), 4, CALIBRATION)
+    assert tree.topology.choices == ((0,), (-1,), (-1, -1))
+    assert all(gain > 0 for gain in tree.gains)
+    with pytest.raises(ConfigError, match="prompt lookup"):
+        choose(tree=str(path))
+
+
+def test_a_tree_of_heads_where_there_are_none_is_refused():
+    with pytest.raises(ConfigError, match="needs heads, and there are none"):
+        choose(num_heads=0, tree="chain-3", prompt_lookup=True)
 
 
 def test_a_tree_from_a_file(tmp_path: Path):

@@ -27,14 +27,15 @@ class Output:
 
 
 def make_engine(loaded: LoadedModel, heads: CalibratedHeads | None, **options: object) -> EngineCore:
-    """options: fields of CacheConfig, SchedulerConfig, SpeculationConfig and ExecutionConfig, told apart by name."""
+    """options: fields of CacheConfig, SchedulerConfig, SpeculationConfig and ExecutionConfig, told apart by name. Without heads the
+    engine is the plain one that others are compared with, unless they say otherwise."""
 
     def pick(cls: type) -> dict[str, object]:
         return {name: value for name, value in options.items() if name in cls.__dataclass_fields__}
 
     cache = CacheConfig(**{"num_blocks": 400, "block_size": 8, **pick(CacheConfig)})
     scheduler = SchedulerConfig(**{"max_num_seqs": 8, "max_step_rows": 512, **pick(SchedulerConfig)})
-    speculation = SpeculationConfig(**{"tree_size": 16, **pick(SpeculationConfig)})
+    speculation = SpeculationConfig(**{"tree_size": 16, "prompt_lookup": heads is not None, **pick(SpeculationConfig)})
     execution = ExecutionConfig(**pick(ExecutionConfig))
     if execution.mode != "eager" and (execution.mode == "captured" or loaded.device.type == "cuda"):
         loaded = with_own_weights(loaded)  # they will be fused

@@ -113,7 +113,7 @@ def test_sequential_heads_on_kernels_are_right_and_change_nothing():
     loaded, heads = successor_model()
     assert suits(heads, loaded)
     requests = [([5, 9, 700 + number], SamplingParams(temperature=0.0, max_tokens=9)) for number in range(2)]
-    with_heads = {"tree_size": 8, "max_num_seqs": 2, "max_step_rows": 16, "max_step_tokens": 64}
+    with_heads = {"tree_size": 8, "prompt_lookup": False, "max_num_seqs": 2, "max_step_rows": 16, "max_step_tokens": 64}
     plain = run(make_engine(loaded, None, mode="eager"), requests)
     assert len(set(plain[0, 0].token_ids)) == 9
     for mode in ("eager", "captured"):

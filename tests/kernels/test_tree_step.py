@@ -5,14 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from medusa_core.kernels.lookup import match_suffixes
 from medusa_core.kernels.tree_step import gather_roots, pack_trees, walk_trees
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.sampler import SamplingRows
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import draft_tree
+from medusa_core.speculation.lookup import MAX_MATCH_LEN, lookup_tokens
 from medusa_core.speculation.verify import cut_walk, walk_tree
 from medusa_core.tree.presets import load_tree
-from medusa_core.tree.topology import TreeTopology
+from medusa_core.tree.topology import TreeTopology, lookup_chain
 from tests import options
 
 NUM_LANES, MAX_LEN, BLOCK_SIZE, NUM_BLOCKS, HIDDEN, VOCAB = 5, 40, 4, 30, 6, 7
@@ -22,6 +24,11 @@ TREES = {
     "chain": TreeTopology.from_choices([(0,), (0, 0), (0, 0, 0)]),
     "bushy": TreeTopology.from_choices([(0,), (1,), (2,), (0, 0), (1, 0), (0, 1), (1, 0, 0), (1, 0, 1)]),
     "preset": load_tree("mc_sim_7b_63"),
+    "lookup": TreeTopology(lookup_chain(4)),
+    "heads and lookup": TreeTopology.from_choices([(0,), (-1,), (-1, -1), (1,), (0, 0), (0, 1), (-1, -1, -1), (0, 0, 0), (1, 0)]),
+    "all of 64 nodes": TreeTopology(
+        (*load_tree("mc_sim_7b_63").choices[:40], *lookup_chain(15), *((0, 0, 0, n) for n in range(1, 9)))
+    ),
 }
 
 
@@ -66,6 +73,36 @@ class FixedLists:
         return self._lists_BRC
 
 
+def run_walk(state, lane_B, drawn_BN, token_BN, hidden_TE, result_BR, count_PV=None, has_logprobs=None, path_hidden=None):
+    """By default nobody looks at counts or at hidden states along the path."""
+    if count_PV is None:
+        count_PV = torch.zeros(NUM_LANES, VOCAB, dtype=torch.int32, device=options.device)
+    if has_logprobs is None:
+        has_logprobs = torch.zeros(NUM_LANES, dtype=torch.int64, device=options.device)
+        path_hidden = torch.zeros(NUM_LANES, 1, HIDDEN, device=options.device)
+    return walk_trees(
+        lane_B,
+        drawn_BN.flatten(),
+        token_BN.flatten(),
+        hidden_TE,
+        parent_N=state.tree.parent_N,
+        num_levels=state.tree.max_depth + 1,
+        num_known_P=state.known,
+        max_total_P=state.max_total,
+        is_finished_P=state.finished,
+        stop_ids_PW=state.stop_ids,
+        tokens_PL=state.tokens,
+        hidden_PE=state.hidden,
+        has_logprobs_P=has_logprobs,
+        path_hidden_PLE=path_hidden,
+        count_PV=count_PV,
+        block_table_PX=state.table,
+        block_size=BLOCK_SIZE,
+        spare_slot=SPARE,
+        result_BR=result_BR,
+    )
+
+
 def test_roots_of_lanes():
     state = Lanes(0, TREES["root"])
     lane_B = torch.tensor([4, 1, 4], device=options.device)
@@ -85,9 +122,14 @@ def test_rows_of_a_step(name, seed, has_paths):
     list_N = tree.inner_list_N if has_paths else tree.depth_N - 1
     candidates = state.ints(0, VOCAB, max(int(list_N.max()) + 1, 1), 3, TREES[name].max_rank + 1).transpose(0, 1)
     candidates = candidates if has_paths else candidates.contiguous()
+    match, expected_lookup = None, None
+    if tree.lookup_depth:
+        match = match_suffixes(lane_B, num_known_P=state.known, tokens_PL=state.tokens, max_match_len=MAX_MATCH_LEN)
+        expected_lookup = lookup_tokens(state.tokens, lane_B, state.known[lane_B], tree.lookup_depth)
     token, position, slot, index, lane, base = pack_trees(
         lane_B,
-        candidates if tree.num_nodes > 1 else None,
+        candidates if tree.head_depth > 0 else None,
+        match,
         list_N=list_N,
         depth_N=tree.depth_N,
         rank_N=tree.rank_N,
@@ -101,7 +143,8 @@ def test_rows_of_a_step(name, seed, has_paths):
     )
     known_B = state.known[lane_B]
     assert torch.equal(base, known_B - 1)
-    expected = draft_tree(FixedLists(candidates, list_N), state.hidden[lane_B], state.tokens[lane_B, base], tree)
+    drafter = FixedLists(candidates, list_N)
+    expected = draft_tree(drafter, state.hidden[lane_B], state.tokens[lane_B, base], tree, expected_lookup)
     assert torch.equal(token.view(3, -1), expected)
     assert torch.equal(position.view(3, -1), (base.unsqueeze(1) + tree.depth_N).clamp(max=17))
     node_N = torch.arange(tree.num_nodes, device=options.device)
@@ -145,26 +188,9 @@ def test_walk_cut_and_lane_state(name, seed):
             kept = int(kept_B[row])
             expected_path[lane, :kept] = hidden_BNE[row, walk.node_BL[row, :kept]]
     result = torch.full((num_lanes, num_levels + 3), -9, device=options.device)
-    source, target = walk_trees(
-        lane_B,
-        drawn_BN.flatten(),
-        token_BN.flatten(),
-        hidden_BNE.flatten(0, 1),
-        parent_N=tree.parent_N,
-        num_levels=num_levels,
-        num_known_P=state.known,
-        max_total_P=state.max_total,
-        is_finished_P=state.finished,
-        stop_ids_PW=state.stop_ids,
-        tokens_PL=state.tokens,
-        hidden_PE=state.hidden,
-        has_logprobs_P=has_logprobs,
-        path_hidden_PLE=path_hidden,
-        count_PV=counted.count_PV,
-        block_table_PX=state.table,
-        block_size=BLOCK_SIZE,
-        spare_slot=SPARE,
-        result_BR=result,
+    hidden_TE = hidden_BNE.flatten(0, 1)
+    source, target = run_walk(
+        state, lane_B, drawn_BN, token_BN, hidden_TE, result, counted.count_PV, has_logprobs=has_logprobs, path_hidden=path_hidden
     )
     assert torch.equal(result[:, :num_levels], walk.token_ids_BL)
     assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B], dim=1))
@@ -179,6 +205,43 @@ def test_walk_cut_and_lane_state(name, seed):
     has_move = (level_L < kept_B.unsqueeze(1)) & (walk.node_BL != level_L)
     assert torch.equal(source, torch.where(has_move, state.slots(lane_B, known_B.unsqueeze(1) - 1 + walk.node_BL), -1))
     assert torch.equal(target, torch.where(has_move, state.slots(lane_B, known_B.unsqueeze(1) - 1 + level_L), -1))
+
+
+@pytest.mark.parametrize("name", ["bushy", "preset", "heads and lookup", "all of 64 nodes"])
+@pytest.mark.parametrize("seed", range(6))
+def test_walks_go_as_far_as_plain_decoding_confirms(name, seed):
+    """Of two tokens, so that many nodes hold what others hold, siblings too: the first one that is found need not have the right
+    children."""
+    state = Lanes(seed, TREES[name])
+    tree, topology = state.tree, TREES[name]
+    next_token = state.ints(0, 2, 2, 2, 2).tolist()  # by the three tokens before
+    token_BN = state.ints(0, 2, NUM_LANES, tree.num_nodes)
+    truth, drawn, paths = [], [], []
+    for row in token_BN.tolist():
+        paths.append(
+            [[row[other] for other in range(node + 1) if bits >> other & 1] for node, bits in enumerate(topology.ancestor_mask)]
+        )
+        texts = [[0, 1, *path] for path in paths[-1]]
+        drawn.append([next_token[text[-3]][text[-2]][text[-1]] for text in texts])
+        text = texts[0]
+        for _ in range(tree.max_depth + 1):
+            text = [*text, next_token[text[-3]][text[-2]][text[-1]]]
+        truth.append(text[2:])
+    drawn_BN = torch.tensor(drawn, device=options.device)
+    lane_B = torch.arange(NUM_LANES, device=options.device)
+    logits = torch.nn.functional.one_hot(drawn_BN, VOCAB).float()
+    walk = walk_tree(logits, token_BN, tree, greedy_rows(NUM_LANES), torch.zeros_like(lane_B))
+    result = torch.zeros(NUM_LANES, tree.max_depth + 4, dtype=torch.int64, device=options.device)
+    run_walk(state, lane_B, drawn_BN, token_BN, torch.zeros(token_BN.numel(), HIDDEN, device=options.device), result)
+    assert torch.equal(result[:, : tree.max_depth + 1], walk.token_ids_BL)
+    for lane in range(NUM_LANES):
+        right = [len(path) for path in paths[lane] if path == truth[lane][: len(path)]]
+        assert int(walk.length_B[lane]) == max(right)
+        assert walk.token_ids_BL[lane].tolist()[: max(right)] == truth[lane][1 : max(right) + 1]
+        for level in range(max(right)):
+            # what is kept of a level is of a node on such a path, and the first of them
+            node = int(walk.node_BL[lane, level])
+            assert node == paths[lane].index(truth[lane][: level + 1])
 
 
 def test_the_random_cases_cover_moves_stops_limits_and_full_paths():

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from medusa_core.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, SpeculationConfig
 from medusa_core.engine.build import CalibratedHeads, assemble_engine, build_engine
 from medusa_core.errors import ConfigError
 from medusa_core.model.checkpoint import load_heads
@@ -19,11 +19,12 @@ from medusa_core.params import SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.training.answers import Answer, answer_prompts
 from medusa_core.training.export import export_heads
-from medusa_core.training.measure import MeasuredAnswer, calibrate, observed_ranks, tokens_per_step
+from medusa_core.training.measure import MeasuredAnswer, calibrate, observed_lookups, observed_ranks, tokens_per_step
 from medusa_core.training.packing import pack_samples
 from medusa_core.training.plan import TrainingPlan
 from medusa_core.training.samples import answer_sample
 from medusa_core.training.trainer import Trainer
+from medusa_core.tree.merge import MAX_LOOKUP_DEPTH
 from medusa_core.tree.topology import TreeTopology
 from tests.engine.tiny_model import HIDDEN_SIZE, VOCAB_SIZE, save_tiny_model
 
@@ -126,19 +127,22 @@ def test_ranks_are_those_of_the_tokens_that_follow_each_root(folder, answers, an
         assert ranks[root].tolist() == expected + [CANDIDATES] * (NUM_HEADS - len(expected))
 
 
+@pytest.mark.parametrize("prompt_lookup", [False, True])
 @pytest.mark.parametrize("num_nodes", [4, 16])
-def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, num_nodes):
-    """Steps of the engine with the calibrated tree, one by one: each accepts the measured path as far as the tree has it."""
+def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, num_nodes, prompt_lookup):
+    """Steps of the engine with the calibrated tree, one by one: each accepts the measured path as far as the tree has it, or what
+    lookup has right if that is longer."""
     loaded = load_model(config(folder).model, progress=False)
     heads = load_heads(any_heads_file, loaded)
     calibration, measured = calibrate(heads, loaded, answers, source="a test", num_candidates=CANDIDATES)
-    tree = calibration.tree.prefix(num_nodes)
+    tree = (calibration.lookup_tree if prompt_lookup else calibration.tree).prefix(num_nodes)
     choices = set(tree.choices)
 
     speculative = config(folder)
-    speculative = dataclasses.replace(speculative, speculation=dataclasses.replace(speculative.speculation, tree_size=num_nodes))
+    speculation = SpeculationConfig(tree_size=num_nodes, prompt_lookup=prompt_lookup)
+    speculative = dataclasses.replace(speculative, speculation=speculation)
     core = assemble_engine(speculative, loaded, CalibratedHeads(heads, calibration))
-    num_drafts = num_steps = 0
+    num_drafts = num_steps = num_lookups = 0
     for answer, expected in zip(answers, measured, strict=True):
         starts = list(expected.steps(tree))
         core.submit(EngineRequest(request_id="one", prompt_token_ids=answer.prompt_token_ids, params=GREEDY))
@@ -148,8 +152,11 @@ def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, n
                 if delta.num_draft_nodes:
                     assert starts.pop(0) == len(output) - 1
                     path = expected.paths[len(output) - 1]
-                    accepted = next(length for length in range(len(path), -1, -1) if not length or path[:length] in choices)
+                    by_heads = next(length for length in range(len(path), -1, -1) if not length or path[:length] in choices)
+                    by_lookup = min(expected.lookup_lens[len(output) - 1], tree.lookup_depth)
+                    accepted = max(by_heads, by_lookup)
                     assert delta.num_accepted == accepted
+                    num_lookups += by_lookup > by_heads
                     num_drafts += accepted
                     num_steps += 1
                 output += delta.token_ids
@@ -158,6 +165,7 @@ def test_the_engine_accepts_what_was_measured(folder, answers, any_heads_file, n
         assert not starts or starts == [len(output) - 2]
     assert sum(len(answer.paths) for answer in measured) == calibration.num_tokens
     assert num_drafts > 20, "these heads are never right, so nothing was compared"
+    assert (num_lookups > 0) == (prompt_lookup and tree.lookup_depth > 0)
     assert tokens_per_step(tree, measured) == pytest.approx(calibration.num_tokens / num_steps, rel=0.1)
 
 
@@ -189,10 +197,29 @@ def test_a_calibration_is_worth_what_it_says(folder, answers, heads_file):
 def test_a_tree_is_chosen_for_where_steps_start():
     """A step that goes far is followed by one behind it, so hard places count more than their share of the text."""
     easy, hard = (0, 0, 0), (1,)
-    answer = MeasuredAnswer(category="any", paths=(easy, easy, easy, easy, hard, hard) * 2)
+    answer = MeasuredAnswer(category="any", paths=(easy, easy, easy, easy, hard, hard) * 2, lookup_lens=(0, 0, 0, 0, 9, 0) * 2)
     tree = TreeTopology(((0,), (0, 0), (0, 0, 0)))
     assert list(answer.steps(tree)) == [0, 4, 5, 6, 10, 11]
     assert tokens_per_step(tree, [answer]) == 12 / 6
+    with_lookup = TreeTopology((*tree.choices, (-1,)))
+    assert list(answer.steps(with_lookup)) == [0, 4, 6, 10]
+
+
+def test_lookups_see_the_text_up_to_the_root_alone():
+    answer = Answer(prompt_token_ids=[1, 2, 3, 4, 1], output_token_ids=[2, 3, 4, 9, 2, 3, 8], category="any")
+    # behind 2: 3 4, then 1 for 9; behind 9, which is new: 9 for 2; behind the second 2: 3 4 for 3 8
+    assert observed_lookups(answer) == (2, 1, 0, 0, 1, 0)
+
+
+def test_gains_are_what_steps_of_each_size_emit(folder, answers, heads_file):
+    loaded = load_model(config(folder).model, progress=False)
+    calibration, measured = calibrate(load_heads(heads_file, loaded), loaded, answers, source="a test", num_candidates=CANDIDATES)
+    tree, gains = calibration.lookup_tree, calibration.lookup_gains
+    assert 0 < tree.lookup_depth <= MAX_LOOKUP_DEPTH
+    assert tree.head_depth > 0
+    for size in (4, 8, 16, 32):
+        assert 1 + sum(gains[: size - 1]) == pytest.approx(tokens_per_step(tree.prefix(size), measured))
+    assert tokens_per_step(tree.prefix(32), measured) > tokens_per_step(calibration.tree.prefix(32), measured)
 
 
 def test_answers_of_one_token_measure_nothing(folder, heads_file):

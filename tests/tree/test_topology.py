@@ -3,7 +3,7 @@
 import pytest
 
 from medusa_core.errors import ConfigError
-from medusa_core.tree.topology import TreeTopology
+from medusa_core.tree.topology import TreeTopology, lookup_chain
 
 SMALL = TreeTopology.from_choices([(0,), (1,), (0, 0), (0, 2), (0, 2, 1)])
 
@@ -50,13 +50,33 @@ def test_limit_depth_drops_only_the_nodes_too_deep():
         ([(0, 0), (0,)], r"\[0, 0\] comes before its parent \[0\]"),
         ([(0,), (1,), (0,)], r"\[0\] appears twice"),
         ([()], r"\[\] must be one or more ranks"),
-        ([(0,), (-1,)], r"\[-1\] must be one or more ranks"),
+        ([(0,), (-2,)], r"\[-2\] must be one or more ranks"),
+        ([(0,), (0, -1)], r"\[0, -1\] must be one or more ranks"),
+        ([(-1,), (-1, 0)], r"\[-1, 0\] must be one or more ranks"),
+        ([(-1, -1)], r"\[-1, -1\] comes before its parent \[-1\]"),
         ([(rank,) for rank in range(64)], "at most 64 nodes with its root, got 65"),
     ],
 )
 def test_wrong_choices_are_named(choices, message):
     with pytest.raises(ConfigError, match=message):
         TreeTopology.from_choices(choices)
+
+
+def test_a_lookup_chain_stands_beside_the_nodes_of_heads():
+    tree = TreeTopology.from_choices([(0,), (-1,), (-1, -1), (0, 1), (-1, -1, -1)], num_heads=2)
+    assert tree.parents == (-1, 0, 0, 2, 1, 3)
+    assert tree.ranks == (-1, 0, -1, -1, 1, -1)
+    assert (tree.max_depth, tree.head_depth, tree.lookup_depth, tree.max_rank) == (3, 2, 3, 1)
+    assert tree.prefix(3).lookup_depth == 1
+    assert tree.limit_depth(1).choices == ((0,),)
+    with pytest.raises(ConfigError, match=r"\[0, 1\] needs 2 heads"):
+        TreeTopology.from_choices(tree.choices, num_heads=1)
+
+
+def test_a_lookup_chain_alone_needs_no_heads():
+    tree = TreeTopology.from_choices(lookup_chain(3), num_heads=0)
+    assert tree.choices == ((-1,), (-1, -1), (-1, -1, -1))
+    assert (tree.max_depth, tree.head_depth, tree.lookup_depth, tree.max_rank) == (3, 0, 3, -1)
 
 
 def test_sixty_four_nodes_are_allowed():
