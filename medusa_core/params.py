@@ -33,6 +33,9 @@ class SamplingParams:
         neither. Of the model's own distribution: before penalties, biases, temperature and filters.
     num_prompt_logprobs: the same of each prompt token but the first. The prompt is then computed whole, whatever of it is cached.
     n: choices; choice i is drawn with noise key (seed, i), so choice 0 equals the n = 1 output.
+    typical_acceptance: (epsilon, delta), each above 0 and at most 1: drafts that the model could well have said are kept
+        (speculation/typical.py), which changes the output; None keeps what the model draws. At temperature 0 it is None too. It
+        looks at probabilities before top_k, top_p and min_p, so it cannot be combined with them.
     is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
     """
 
@@ -52,6 +55,7 @@ class SamplingParams:
     num_logprobs: int | None = None
     num_prompt_logprobs: int | None = None
     n: int = 1
+    typical_acceptance: tuple[float, float] | None = None
     is_speculation_enabled: bool = True
 
     def __post_init__(self) -> None:
@@ -77,6 +81,11 @@ class SamplingParams:
         for name in ("num_logprobs", "num_prompt_logprobs"):
             count = getattr(self, name)
             self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        if self.typical_acceptance is not None:
+            self._check("typical_acceptance", all(0.0 < value <= 1.0 for value in self.typical_acceptance), "above 0 and at most 1")
+            filters = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]
+            if filters:
+                raise InvalidParameterError(f"Typical acceptance cannot be combined with {filters[0]}.", param=filters[0])
         self._check("n", 1 <= self.n <= 128, "between 1 and 128")
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
@@ -92,6 +101,11 @@ class SamplingParams:
         """Whether anything changes the logits of single tokens."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1.0)
         return bool(self.logit_bias) or any(penalties)
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether drafts are accepted that would not have been drawn."""
+        return self.typical_acceptance is not None and not self.is_greedy
 
     @property
     def is_greedy(self) -> bool:

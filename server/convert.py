@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ from medusa_core.params import MAX_LOGPROBS, SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.protocol.chat import AssistantMessage, ChatBody, Message
-from server.protocol.common import GenerationBody
+from server.protocol.common import GenerationBody, Speculative
 from server.protocol.completions import CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
@@ -22,6 +23,8 @@ from server.tools import offered_tools, template_tools
 # Lanes one HTTP request may ask for: n times its prompts.
 MAX_CHOICES = 128
 DEFAULT_COMPLETION_TOKENS = 16
+# Of typical acceptance: the default of the reference (FasterDecoding/Medusa, posterior_threshold).
+DEFAULT_EPSILON = 0.09
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,5 +249,21 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) ->
         logit_bias=tuple(body.logit_bias.items()),
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
-        is_speculation_enabled=body.speculative is None or body.speculative.enabled,
+        **_speculation(body.speculative or Speculative()),
     )
+
+
+def _speculation(speculative: Speculative) -> dict[str, Any]:
+    if speculative.acceptance == "exact":
+        for name in ("epsilon", "delta"):
+            if getattr(speculative, name) is not None:
+                message = f'speculative.{name} is for acceptance "typical"; leave it out.'
+                raise InvalidParameterError(message, param=f"speculative.{name}")
+        return {"is_speculation_enabled": speculative.enabled}
+    epsilon = DEFAULT_EPSILON if speculative.epsilon is None else speculative.epsilon
+    for name, value in (("epsilon", epsilon), ("delta", speculative.delta)):
+        if value is not None and not 0.0 < value <= 1.0:
+            message = f"speculative.{name} must be above 0 and at most 1, got {value}."
+            raise InvalidParameterError(message, param=f"speculative.{name}")
+    delta = math.sqrt(epsilon) if speculative.delta is None else speculative.delta
+    return {"is_speculation_enabled": speculative.enabled, "typical_acceptance": (epsilon, delta)}

@@ -24,6 +24,7 @@ from medusa_core.kernels.penalties import penalize_nodes
 from medusa_core.kernels.sampling import draw_rows
 from medusa_core.kernels.topk import argmax_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, gather_roots, pack_trees, walk_trees
+from medusa_core.kernels.typical import take_typical_paths
 from medusa_core.plan import PrefillChunk
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import LaneState
@@ -62,7 +63,7 @@ class StepParts:
     use_pdl: bool
 
     def draw(
-        self, hidden_TE: Tensor, lane_T: Tensor, token_T: Tensor, index_T: Tensor, parent_N: Tensor, *, is_greedy: bool
+        self, hidden_TE: Tensor, lane_T: Tensor, token_T: Tensor, index_T: Tensor, tree: DeviceTree, *, is_greedy: bool
     ) -> Tensor:
         """The token the model draws at each row, int64 [T]. A draw depends on the row's logits, its index and the path to it, so
         all nodes of a tree can be drawn for at once."""
@@ -76,7 +77,7 @@ class StepParts:
             logits_TV,
             lane_R=lane_T,
             token_R=token_T,
-            parent_N=parent_N,
+            parent_N=tree.parent_N,
             has_penalties_P=lanes.has_penalties_P,
             repetition_P=lanes.repetition_P,
             frequency_P=lanes.frequency_P,
@@ -86,7 +87,7 @@ class StepParts:
             bias_PV=penalties.bias_PV,
             use_pdl=self.use_pdl,
         )
-        return draw_rows(
+        drawn_T = draw_rows(
             logits_TV,
             lane_R=lane_T,
             index_R=index_T,
@@ -98,6 +99,23 @@ class StepParts:
             stop_ids_PW=lanes.stop_ids_PW,
             key_P=lanes.key_P,
         )
+        take_typical_paths(
+            drawn_T,
+            logits_TV,
+            lane_T=lane_T,
+            token_T=token_T,
+            index_T=index_T,
+            parent_N=tree.parent_N,
+            depth_N=tree.depth_N,
+            max_depth=tree.max_depth,
+            temperature_P=lanes.temperature_P,
+            epsilon_P=lanes.epsilon_P,
+            delta_P=lanes.delta_P,
+            min_tokens_P=lanes.min_tokens_P,
+            stop_ids_PW=lanes.stop_ids_PW,
+            use_pdl=self.use_pdl,
+        )
+        return drawn_T
 
     def walk(
         self, lane_B: Tensor, drawn_T: Tensor, token_T: Tensor, hidden_TE: Tensor, parent_N: Tensor, result_BR: Tensor
@@ -175,7 +193,7 @@ class DecodeStep:
             use_pdl=parts.use_pdl,
         )
         hidden_TE = parts.model.forward(token_T, position_T, context)
-        drawn_T = parts.draw(hidden_TE, lane_T, token_T, index_T, tree.parent_N, is_greedy=self._is_greedy)
+        drawn_T = parts.draw(hidden_TE, lane_T, token_T, index_T, tree, is_greedy=self._is_greedy)
         source_BL, target_BL = parts.walk(self.lane_B, drawn_T, token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
@@ -268,5 +286,5 @@ class PrefillStep:
         hidden_CE = hidden_TE[draw_row_C]
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
         # a tree of one node has no drafts on the way, so its token does not matter
-        drawn_C = parts.draw(hidden_CE, draw_lane_C, draw_row_C, index_C, self._root.parent_N, is_greedy=self._is_greedy)
+        drawn_C = parts.draw(hidden_CE, draw_lane_C, draw_row_C, index_C, self._root, is_greedy=self._is_greedy)
         parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)

@@ -24,7 +24,7 @@ from medusa_core.sampling.sampler import SamplingRows
 
 # Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
 _INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished", "has_penalties", "has_logprobs")
-_FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "epsilon", "delta")
 _ENDLESS = 2**31
 
 
@@ -86,7 +86,16 @@ class LaneState:
             self.has_penalties_P,
             self.has_logprobs_P,
         ) = self._integers
-        self.temperature_P, self.top_p_P, self.min_p_P, self.repetition_P, self.frequency_P, self.presence_P = self._floats
+        (
+            self.temperature_P,
+            self.top_p_P,
+            self.min_p_P,
+            self.repetition_P,
+            self.frequency_P,
+            self.presence_P,
+            self.epsilon_P,
+            self.delta_P,
+        ) = self._floats
         self.penalties = PenaltyState(num_lanes, vocab_size, device)
         self.num_known_P[self.null_lane] = 1
         self.num_prompt_P[self.null_lane] = 1
@@ -148,11 +157,14 @@ class LaneState:
             min_tokens_R=self.min_tokens_P[index_B],
             stop_ids_RW=self.stop_ids_PW[index_B],
             key_R=self.key_P[index_B],
+            epsilon_R=self.epsilon_P[index_B],
+            delta_R=self.delta_P[index_B],
             is_all_greedy=all(p.is_greedy for p in params),
             has_top_k=any(p.top_k > 0 for p in params),
             has_top_p=any(p.top_p < 1.0 for p in params),
             has_min_p=any(p.min_p > 0.0 for p in params),
             has_min_tokens=any(p.min_tokens > 0 for p in params),
+            has_typical=any(p.is_typical for p in params),
             penalties=self._penalty_rows(index_B) if any(p.has_penalties for p in params) else None,
         )
 
@@ -193,8 +205,10 @@ class LaneState:
             known = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens)
             asks_for = (int(params.has_penalties), int(params.num_logprobs is not None))
             integers[:, number] = (*known, key, top_k, min_tokens, 0, *asks_for)
+            # off for greedy lanes: there what the model says is one token
+            typical = (params.typical_acceptance if params.is_typical else None) or (0.0, 0.0)
             penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
-            floats[:, number] = (params.temperature, params.top_p, params.min_p, *penalties)
+            floats[:, number] = (params.temperature, params.top_p, params.min_p, *penalties, *typical)
             stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]
             stop_ids_JW[number, : len(stop_ids)] = stop_ids
         lane_J = self.index([join.lane for join in joins])

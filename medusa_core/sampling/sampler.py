@@ -27,8 +27,8 @@ class SamplingRows:
     """Parameters of R rows as tensors, and what the host knows about all of them so that unused filters cost nothing.
 
     temperature_R (0 = greedy), top_p_R, min_p_R: float32. top_k_R (0 = off), min_tokens_R, key_R: int64. stop_ids_RW: int64.
-    penalties: None where no row has any.
-    is_all_greedy, has_top_k, has_top_p, has_min_p, has_min_tokens: whether any row needs the step; may be True needlessly.
+    penalties: None where no row has any. epsilon_R (0 = off), delta_R: float32, of typical acceptance (speculation/typical.py).
+    is_all_greedy, has_...: whether any row needs the step; may be True needlessly.
     """
 
     temperature_R: Tensor
@@ -38,11 +38,14 @@ class SamplingRows:
     min_tokens_R: Tensor
     stop_ids_RW: Tensor
     key_R: Tensor
+    epsilon_R: Tensor
+    delta_R: Tensor
     is_all_greedy: bool
     has_top_k: bool
     has_top_p: bool
     has_min_p: bool
     has_min_tokens: bool
+    has_typical: bool = False
     penalties: PenaltyRows | None = None
 
     def take(self, rows_r: Tensor) -> SamplingRows:
@@ -61,22 +64,31 @@ def draw(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:
         logits_RV: float32; not modified.
         index_R: int64, index of the token drawn in its output (0 = first after the prompt).
     """
-    if rows.penalties is not None:
-        logits_RV = penalize(logits_RV, rows.penalties)
-    if rows.has_min_tokens:
-        logits_RV = ban_stop_ids(logits_RV, rows, index_R)
+    logits_RV = process(logits_RV, rows, index_R)
     if rows.is_all_greedy:
         return logits_RV.argmax(dim=-1)
-    is_greedy_R = rows.temperature_R == 0
-    scaled_RV = logits_RV / torch.where(is_greedy_R, 1.0, rows.temperature_R.clamp(min=_MIN_TEMPERATURE)).unsqueeze(1)
+    scaled_RV = temper(logits_RV, rows)
     threshold_R1 = filter_threshold(scaled_RV, rows)
     token_ids_V = torch.arange(logits_RV.shape[1], dtype=torch.int32, device=logits_RV.device)
     noise_RV = gumbel(rows.key_R, index_R, token_ids_V)
-    noise_RV.masked_fill_(is_greedy_R.unsqueeze(1), 0.0)
+    noise_RV.masked_fill_((rows.temperature_R == 0).unsqueeze(1), 0.0)
     scores_RV = noise_RV.add_(scaled_RV)
     if threshold_R1 is not None:
         scores_RV.masked_fill_(scaled_RV < threshold_R1, -torch.inf)
     return scores_RV.argmax(dim=-1)
+
+
+def process(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:
+    """What is done to logits before temperature: penalties, biases, bans. The logits themselves where there is none of it."""
+    if rows.penalties is not None:
+        logits_RV = penalize(logits_RV, rows.penalties)
+    return ban_stop_ids(logits_RV, rows, index_R) if rows.has_min_tokens else logits_RV
+
+
+def temper(logits_RV: Tensor, rows: SamplingRows) -> Tensor:
+    """Divided by the temperature; greedy rows by 1."""
+    temperature_R = torch.where(rows.temperature_R == 0, 1.0, rows.temperature_R.clamp(min=_MIN_TEMPERATURE))
+    return logits_RV / temperature_R.unsqueeze(1)
 
 
 def ban_stop_ids(logits_RV: Tensor, rows: SamplingRows, index_R: Tensor) -> Tensor:

@@ -3,7 +3,8 @@
 At each node visited, draw the next token from that node's logits as plain decoding would; descend if a child holds it, else stop.
 Every token emitted is the model's own, whatever the tree proposed: the rule is lossless for greedy decoding and for sampling,
 and no lossless rule accepts more for a fixed set of children. The noise of a draw depends on its index alone
-(sampling/noise.py), so even the sampled tokens do not depend on the tree.
+(sampling/noise.py), so even the sampled tokens do not depend on the tree. Requests may ask for a rule that is not exact
+(speculation/typical.py).
 
 A tree may hold the same tokens on more than one path, since prompt lookup and heads do not know of each other. Such nodes are
 interchangeable: same tokens, same positions, so the same logits and the same K/V. So what is walked is a set of nodes, all of those
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from medusa_core.sampling.sampler import SamplingRows, draw
 from medusa_core.speculation.device_tree import DeviceTree
+from medusa_core.speculation.typical import force_typical
 
 # finish codes in device tensors
 NOT_FINISHED, FINISHED_STOP, FINISHED_LENGTH = 0, 1, 2
@@ -60,12 +62,16 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
     is_open_B = torch.ones(num_lanes, dtype=torch.bool, device=device)
     # the nodes whose path holds the tokens drawn so far: at first the root
     is_visited_BN = (tree.parent_N < 0).expand(num_lanes, -1)
+    forced_BN = _forced(logits_BNV, tokens_BN, tree, rows, index_B) if rows.has_typical and tree.num_nodes > 1 else None
     for level in range(tree.max_depth + 1):
         open_r = _open_lanes(is_open_B)
         if argmax_BN is not None:
             drawn_r = argmax_BN[open_r, node_B[open_r]]
         else:
             drawn_r = draw(logits_BNV[open_r, node_B[open_r]], rows.take(open_r), index_B[open_r] + level)
+        if forced_BN is not None:
+            forced_r = forced_BN[open_r, node_B[open_r]]
+            drawn_r = torch.where(forced_r < 0, drawn_r, forced_r)
         if rows.penalties is not None:
             rows.penalties.count(open_r, drawn_r)
         drawn_B = torch.full_like(node_B, -1)
@@ -79,6 +85,15 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
         if device.type == "cpu" and not bool(is_open_B.any()):
             break
     return Walk(token_ids_BL, node_BL, (token_ids_BL >= 0).sum(dim=1))
+
+
+def _forced(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: SamplingRows, index_B: Tensor) -> Tensor:
+    """The tokens of drafts that typical acceptance takes, at their parents; -1 elsewhere. int64 [B, N]."""
+    forced_BN = torch.full_like(tokens_BN, -1)
+    for lane in (rows.epsilon_R > 0).nonzero().flatten().tolist():
+        at_1 = torch.tensor([lane], device=tokens_BN.device)
+        forced_BN[lane] = force_typical(logits_BNV[lane], tokens_BN[lane], tree, rows.take(at_1), index_B[at_1])
+    return forced_BN
 
 
 def _open_lanes(is_open_B: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ this version does not are declared with `only(...)`, which lets their neutral va
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -94,9 +94,16 @@ class StreamOptions(Body):
 
 
 class Speculative(Body):
-    """Our own extension: `{"enabled": false}` decodes one token per step. The tokens are the same either way."""
+    """Our own extension: `{"enabled": false}` decodes one token per step. The tokens are the same either way.
+
+    Unless acceptance is "typical": then drafts are kept that the model could well have said, by the paper's epsilon (0.09 unless
+    given) and delta (its square root).
+    """
 
     enabled: bool = True
+    acceptance: Literal["exact", "typical"] = "exact"
+    epsilon: float | None = None
+    delta: float | None = None
 
 
 class GenerationBody(Body):

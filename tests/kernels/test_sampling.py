@@ -136,6 +136,8 @@ def reference(logits_RV: torch.Tensor, lane_R: torch.Tensor, index_R: torch.Tens
     return draw(
         logits_RV,
         SamplingRows(
+            epsilon_R=torch.zeros_like(rows["temperature_R"]),
+            delta_R=torch.zeros_like(rows["temperature_R"]),
             **{("stop_ids_RW" if name.startswith("stop_ids") else name): value for name, value in rows.items()},
             is_all_greedy=False,
             has_top_k=True,

@@ -271,6 +271,8 @@ def greedy_rows(num_rows: int) -> SamplingRows:
         min_tokens_R=zeros,
         stop_ids_RW=zeros.unsqueeze(1) - 1,
         key_R=zeros,
+        epsilon_R=zeros.float(),
+        delta_R=zeros.float(),
         is_all_greedy=True,
         has_top_k=False,
         has_top_p=False,

@@ -22,11 +22,14 @@ def make_rows(params: list[SamplingParams], keys: list[int] | None = None, stop_
         min_tokens_R=on_device([p.min_tokens for p in params]),
         stop_ids_RW=on_device(stop_ids or [[-1]] * len(params)),
         key_R=on_device(keys or list(range(len(params)))),
+        epsilon_R=on_device([p.typical_acceptance[0] if p.typical_acceptance else 0.0 for p in params]),
+        delta_R=on_device([p.typical_acceptance[1] if p.typical_acceptance else 0.0 for p in params]),
         is_all_greedy=all(p.is_greedy for p in params),
         has_top_k=any(p.top_k for p in params),
         has_top_p=any(p.top_p < 1 for p in params),
         has_min_p=any(p.min_p for p in params),
         has_min_tokens=any(p.min_tokens for p in params),
+        has_typical=any(p.is_typical for p in params),
     )
 
 

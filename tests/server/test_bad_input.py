@@ -318,6 +318,32 @@ async def test_wrong_values_of_chats_name_their_field(make_http, fields, param):
     assert response.json()["error"]["param"] == param
 
 
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"speculative": {"acceptance": "loose"}}, "speculative.acceptance"),
+        ({"speculative": {"epsilon": 0.1}}, "speculative.epsilon"),
+        ({"speculative": {"acceptance": "typical", "epsilon": 0}}, "speculative.epsilon"),
+        ({"speculative": {"acceptance": "typical", "delta": 1.5}}, "speculative.delta"),
+        ({"speculative": {"acceptance": "typical"}, "top_p": 0.9}, "top_p"),
+    ],
+)
+async def test_wrong_speculation_names_its_field(make_http, fields, param):
+    assert (await completion_error(await make_http(), **fields))["param"] == param
+
+
+async def test_typical_acceptance_reaches_the_engine(make_http):
+    client = FakeClient()
+    for speculative in (
+        {"acceptance": "typical"},
+        {"acceptance": "typical", "epsilon": 0.2, "delta": 0.5},
+        {"acceptance": "exact"},
+    ):
+        body = {"model": "tiny", "prompt": "Hi", "speculative": speculative}
+        assert (await (await make_http(client)).post(COMPLETIONS, json=body)).status_code == 200
+    assert [request.params.typical_acceptance for request in client.requests] == [(0.09, pytest.approx(0.3)), (0.2, 0.5), None]
+
+
 async def test_min_tokens_above_max_tokens(make_http):
     assert (await completion_error(await make_http(), min_tokens=9, max_tokens=3))["param"] == "min_tokens"
 
