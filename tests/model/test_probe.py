@@ -84,6 +84,10 @@ def test_the_bundled_calibration_belongs_to_the_bundled_heads() -> None:
     assert [len(head) for head in calibration.rank_accuracy] == [10] * num_heads
     assert calibration.tree is not None
     assert calibration.tree.max_depth <= num_heads
+    assert calibration.lookup_tree is not None
+    assert calibration.lookup_tree.head_depth <= num_heads
+    # lookup is worth it
+    assert sum(calibration.lookup_gains) > sum(calibration.node_acceptance)
     top1 = [head[0] for head in calibration.rank_accuracy]
     assert top1 == sorted(top1, reverse=True)
 
@@ -112,6 +116,10 @@ def test_calibrations_are_found_beside_a_file_and_in_a_folder(tmp_path: Path) ->
         _calibration(tree=[[0], [0, 0], [0, 0, 0]], node_acceptance=[0.5, 0.2, 0.1]),
         _calibration(tree=[[0], [1]], node_acceptance=[0.6, 0.5]),
         _calibration(tree=[[0], [0, 0], [0, 1]], node_acceptance=[0.6, 0.4, 0.3]),
+        _calibration(tree=[[0], [-1]], node_acceptance=[0.5, 0.1]),
+        _calibration(lookup_tree=[[0], [-1]]), _calibration(lookup_tree=[[0], [-1]], lookup_gains=[0.5]),
+        _calibration(lookup_tree=[[0], [-1]], lookup_gains=[0.5, 1.5]), _calibration(lookup_tree=[[-1, -1]], lookup_gains=[0.5]),
+        _calibration(lookup_tree=[[0], [0, 0], [0, 0, 0]], lookup_gains=[0.5, 0.4, 0.3]),
     ],
 )  # fmt: skip
 def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:
@@ -121,6 +129,15 @@ def test_malformed_calibrations_are_refused(tmp_path: Path, content) -> None:
         load_calibration(path)
 
 
+def test_gains_may_grow_along_a_path(tmp_path: Path) -> None:
+    """Where lookup has the first tokens as well as the heads."""
+    path = tmp_path / "a.calibration.json"
+    path.write_text(_calibration(lookup_tree=[[-1], [0], [0, 1], [-1, -1]], lookup_gains=[0.5, 0.1, 0.2, 0.3]))
+    calibration = load_calibration(path)
+    assert (calibration.tree, calibration.lookup_tree.lookup_depth) == (None, 2)
+    assert calibration.lookup_gains == (0.5, 0.1, 0.2, 0.3)
+
+
 @pytest.mark.parametrize("has_tree", [False, True])
 def test_a_saved_calibration_is_read_back(tmp_path: Path, has_tree) -> None:
     heads = tmp_path / "heads.safetensors"
@@ -128,12 +145,14 @@ def test_a_saved_calibration_is_read_back(tmp_path: Path, has_tree) -> None:
     # thirds round up to more than 1 in all
     accuracy = ((1 / 3, 1 / 3, 1 / 3), (2 / 3, 1 / 6, 1 / 6))
     tree = {"tree": TreeTopology(((0,), (0, 2))), "node_acceptance": (2 / 3, 1 / 3)} if has_tree else {}
+    tree |= {"lookup_tree": TreeTopology(((0,), (-1,))), "lookup_gains": (2 / 3, 1 / 9)} if has_tree else {}
     saved = Calibration(rank_accuracy=accuracy, num_tokens=42, source="a test", **tree)
     save_calibration(saved, calibration_path(heads))
     read = load_calibration(find_calibration(heads))
-    assert (read.num_tokens, read.source, read.tree) == (saved.num_tokens, saved.source, saved.tree)
-    assert list(chain(*read.rank_accuracy, read.node_acceptance)) == pytest.approx(
-        list(chain(*accuracy, saved.node_acceptance)), abs=2e-5
+    assert (read.num_tokens, read.source) == (saved.num_tokens, saved.source)
+    assert (read.tree, read.lookup_tree) == (saved.tree, saved.lookup_tree)
+    assert list(chain(*read.rank_accuracy, read.node_acceptance, read.lookup_gains)) == pytest.approx(
+        list(chain(*accuracy, saved.node_acceptance, saved.lookup_gains)), abs=2e-5
     )
 
 

@@ -33,7 +33,7 @@ def test_flags_reach_the_engine():
         "--tree": "chain",
         "--tree-size": "16",
     }
-    switches = ["--trust-remote-code", "--no-prefix-cache", "--no-speculation"]
+    switches = ["--trust-remote-code", "--no-prefix-cache", "--no-speculation", "--no-prompt-lookup"]
     config = load_settings([*(part for flag in flags.items() for part in flag), *switches]).engine_config()
     model, cache, scheduler = config.model, config.cache, config.scheduler
     assert (model.model, model.heads, model.dtype, model.device, model.max_model_len) == ("org/m", "org/h", "float32", "cpu", 99)
@@ -41,7 +41,9 @@ def test_flags_reach_the_engine():
     assert (cache.block_size, cache.num_blocks, cache.memory_fraction, cache.enable_prefix_cache) == (8, 7, 0.5, False)
     assert (scheduler.max_num_seqs, scheduler.max_step_tokens) == (2000, 64)
     assert (scheduler.max_queued_requests, scheduler.max_steps_in_flight) == (5, 1)
-    assert (config.speculation.tree, config.speculation.tree_size, config.speculation.enabled) == ("chain", 16, False)
+    speculation = config.speculation
+    assert (speculation.tree, speculation.tree_size, speculation.enabled, speculation.prompt_lookup) == ("chain", 16, False, False)
+    assert load_settings([]).engine_config().speculation.prompt_lookup
 
 
 def test_several_values_at_once_or_repeated():
