@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 from medusa_core.errors import InvalidParameterError
 
@@ -13,6 +14,20 @@ _MAX_BIAS = 100.0
 MAX_LOGPROBS = 20
 # Far beyond any use; keeps products and quotients of logits finite.
 _MAX_REPETITION_PENALTY = 100.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Grammar:
+    """The language that an output must be a text of. Checked where it is compiled (medusa_core/grammar).
+
+    kind: what `text` holds: a JSON schema; a regular expression for the whole output; a JSON list of strings, one of which is the
+        output; a context-free grammar in Lark's notation, or in that of llama.cpp (GBNF).
+    field: what the API calls it; errors name it.
+    """
+
+    kind: Literal["json_schema", "regex", "choice", "cfg"]
+    text: str
+    field: str = "grammar"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +51,8 @@ class SamplingParams:
     typical_acceptance: (epsilon, delta), each above 0 and at most 1: drafts that the model could well have said are kept
         (speculation/typical.py), which changes the output; None keeps what the model draws. At temperature 0 it is None too. It
         looks at probabilities before top_k, top_p and min_p, so it cannot be combined with them.
+    grammar: only tokens that continue a text of it can be drawn, and EOS only at the end of one. Then `min_tokens` holds back the
+        end only where the grammar has another way to go on, and EOS cannot be ignored.
     is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
     """
 
@@ -56,6 +73,7 @@ class SamplingParams:
     num_prompt_logprobs: int | None = None
     n: int = 1
     typical_acceptance: tuple[float, float] | None = None
+    grammar: Grammar | None = None
     is_speculation_enabled: bool = True
 
     def __post_init__(self) -> None:
@@ -89,6 +107,11 @@ class SamplingParams:
         self._check("n", 1 <= self.n <= 128, "between 1 and 128")
         if self.max_tokens is not None:
             self._check("min_tokens", self.min_tokens <= self.max_tokens, f"at most max_tokens ({self.max_tokens})")
+        if self.grammar is not None and self.ignore_eos:
+            raise InvalidParameterError(
+                f"ignore_eos cannot be combined with {self.grammar.field}: its output ends where the grammar does; leave it out.",
+                param="ignore_eos",
+            )
 
     def _check(self, field: str, is_valid: bool, expected: str) -> None:
         value = getattr(self, field)

@@ -57,10 +57,15 @@ class PrefillChunk(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecodeGroup(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """Lanes that decode one step with the same number of nodes, root included (1 = plain decoding)."""
+    """Lanes that decode one step with the same number of nodes, root included (1 = plain decoding).
+
+    has_grammar: whether all of them have a grammar, or none has. The draws of those that have one depend on what the host makes of
+    their latest tokens, so they are planned only when no step that draws for them is in flight.
+    """
 
     lanes: list[int]
     num_nodes: int
+    has_grammar: bool = False
 
 
 class StepPlan(msgspec.Struct, frozen=True, kw_only=True):

@@ -13,9 +13,11 @@ from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import EngineConfig, ModelConfig
 from medusa_core.engine.core import MAX_STOP_TOKEN_IDS, EngineCore
+from medusa_core.engine.grammars import grammar_compiler
 from medusa_core.engine.runners import RunnerParts, captured_costs, captured_runner, eager_costs, eager_runner, fuse, is_captured
 from medusa_core.engine.tree_choice import choose_controller, choose_tree, offered_sizes
 from medusa_core.errors import ConfigError
+from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.model.attention_hook import install_attention, probe_layer_shapes
 from medusa_core.model.calibration import Calibration, find_calibration, load_calibration
 from medusa_core.model.checkpoint import find_heads, load_heads
@@ -105,6 +107,7 @@ def assemble_engine(
         num_lanes=num_lanes,
         device_type=loaded.device.type,
     )
+    compiler = grammar_compiler(loaded, trust_remote_code=config.model.trust_remote_code)
     parts = RunnerParts(
         config=config,
         loaded=loaded,
@@ -123,6 +126,7 @@ def assemble_engine(
             max_stop_ids=MAX_STOP_TOKEN_IDS + len(loaded.eos_token_ids),
             vocab_size=loaded.project.num_tokens,
         ),
+        grammars=GrammarLanes(compiler, num_tokens=loaded.project.num_tokens, eos_token_ids=loaded.eos_token_ids),
         attention=attention,
         reference=reference,
     )
@@ -142,7 +146,9 @@ def assemble_engine(
     scheduler = Scheduler(scheduler_config, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
     info = _describe(config, loaded, topology, tree.name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
     in_flight = scheduler_config.max_steps_in_flight
-    return EngineCore(scheduler, runner, info, max_steps_in_flight=int(captured) if in_flight is None else in_flight)
+    if in_flight is None:
+        in_flight = int(captured)
+    return EngineCore(scheduler, runner, info, max_steps_in_flight=in_flight, grammars=compiler)
 
 
 def _make_current(device: torch.device) -> None:

@@ -9,6 +9,7 @@ from typing import Literal, Protocol
 import msgspec
 
 from medusa_core.errors import EngineError, InvalidParameterError, PromptError
+from medusa_core.grammar.compiler import GrammarCompiler
 from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
 from medusa_core.plan import PendingStep, Runner, StepPlan, StepResult
 from medusa_core.request import EngineRequest
@@ -43,11 +44,15 @@ class Scheduler(Protocol):
 class EngineCore:
     """A scheduler and a runner, stepped by whoever owns the thread.
 
-    max_steps_in_flight: steps launched before the oldest one's result is read; 0 waits for each step.
+    max_steps_in_flight: steps launched before the oldest one's result is read; 0 waits for each step. grammars: what the runner
+    compiles grammars with, so that one it could not use never gets there.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: Runner, info: EngineInfo, *, max_steps_in_flight: int) -> None:
+    def __init__(
+        self, scheduler: Scheduler, runner: Runner, info: EngineInfo, *, max_steps_in_flight: int, grammars: GrammarCompiler
+    ) -> None:
         self.info = info
+        self._grammars = grammars
         self._scheduler = scheduler
         self._runner = runner
         self._max_steps_in_flight = max_steps_in_flight
@@ -67,6 +72,8 @@ class EngineCore:
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError if it is wrong, CapacityError if there is no room for it now."""
         _check_token_ids(request, self.info.vocab_size)
+        if request.params.grammar is not None:
+            self._grammars.compile(request.params.grammar)
         self._scheduler.add(request)
 
     def abort(self, request_id: str, choice_idx: int | None = None) -> list[TokenDelta]:

@@ -14,6 +14,7 @@ from medusa_core.attention.context import LayerShape
 from medusa_core.attention.segments import AttentionBackend
 from medusa_core.config import NODE_BUCKETS, EngineConfig
 from medusa_core.errors import ConfigError
+from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.model.attention_hook import forward_hidden
 from medusa_core.model.heads import DraftHeads
 from medusa_core.model.loader import LoadedModel
@@ -78,6 +79,7 @@ class RunnerParts:
     node_sizes: tuple[int, ...]
     kv_store: KVStore
     lanes: LaneState
+    grammars: GrammarLanes
     attention: AttentionBackend
     reference: AttentionReference
 
@@ -107,6 +109,7 @@ def eager_runner(parts: RunnerParts) -> ModelRunner:
         kv_store=parts.kv_store,
         lanes=parts.lanes,
         attention=parts.attention,
+        grammars=parts.grammars,
     )
 
 

@@ -120,9 +120,9 @@ class LaneState:
             self.block_table_PX[lane_n, column_n] = block_n
 
     def is_all_greedy(self, lanes: Sequence[int]) -> bool:
-        """True if no lane draws with noise, must hold back a stop id or changes logits: then their arg max is the token."""
+        """True if no lane draws with noise, must hold back a stop id, or changes logits: then their arg max is the token."""
         return all(
-            params.is_greedy and params.min_tokens == 0 and not params.has_penalties
+            params.is_greedy and params.min_tokens == 0 and not params.has_penalties and params.grammar is None
             for params in (self.host[lane].params for lane in lanes)
         )
 
@@ -202,6 +202,9 @@ class LaneState:
             key = join.noise_key - 2**64 if join.noise_key >= 2**63 else join.noise_key
             # Larger than any vocabulary or context is as good as endless, and fits the tensor.
             top_k, min_tokens = min(params.top_k, _ENDLESS), min(params.min_tokens, _ENDLESS)
+            if params.grammar is not None:
+                # Its masks hold the end back, which they must not where there is no other way to go on.
+                min_tokens = 0
             known = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens)
             asks_for = (int(params.has_penalties), int(params.num_logprobs is not None))
             integers[:, number] = (*known, key, top_k, min_tokens, 0, *asks_for)

@@ -11,17 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from medusa_core.attention.context import AttentionContext, PagedContext
 from medusa_core.attention.segments import AttentionBackend, Segment
+from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import HostLane, LaneState
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
 from medusa_core.runtime.results import lane_result
 from medusa_core.sampling.logprobs import logprobs_of_hidden, token_logprobs
+from medusa_core.sampling.token_mask import mask_tokens
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
 from medusa_core.speculation.lookup import lookup_tokens
@@ -48,7 +51,10 @@ class DeviceModel:
 
 @dataclass(slots=True)
 class _Rows:
-    """Rows of one group or chunk in the packed step. `lanes` share a tree; `tokens_BN` are its tokens."""
+    """Rows of one group or chunk in the packed step. `lanes` share a tree; `tokens_BN` are its tokens.
+
+    draft_BN: these tokens on the host, of what draws under a grammar; of a chunk, the one node of its draw. Else None.
+    """
 
     lanes: list[int]
     index_B: Tensor
@@ -57,6 +63,7 @@ class _Rows:
     tree: DeviceTree
     is_prefill: bool
     has_draw: bool
+    draft_BN: np.ndarray | None = None
 
 
 @dataclass(slots=True)
@@ -76,16 +83,17 @@ class _GroupResult:
 class PendingResult:
     """A launched step (plan.PendingStep)."""
 
-    def __init__(self, step_id: int, groups: list[_GroupResult], chunks: list[ChunkLogprobs]) -> None:
+    def __init__(self, step_id: int, groups: list[_GroupResult], chunks: list[ChunkLogprobs], grammars: GrammarLanes) -> None:
         self._step_id = step_id
         self._groups = groups
         self._chunks = chunks
+        self._grammars = grammars
 
     def result(self) -> StepResult:
         """Wait for the device and read the step back."""
         return StepResult(
             step_id=self._step_id,
-            lanes=[lane for group in self._groups for lane in _read_group(group)],
+            lanes=[self._grammars.take(lane) for group in self._groups for lane in _read_group(group)],
             prompt_logprobs=[chunk.read() for chunk in self._chunks],
         )
 
@@ -94,9 +102,17 @@ class ModelRunner:
     """plan.Runner over a transformers model."""
 
     def __init__(
-        self, *, model: DeviceModel, topology: TreeTopology, kv_store: KVStore, lanes: LaneState, attention: AttentionBackend
+        self,
+        *,
+        model: DeviceModel,
+        topology: TreeTopology,
+        kv_store: KVStore,
+        lanes: LaneState,
+        attention: AttentionBackend,
+        grammars: GrammarLanes,
     ) -> None:
         self._model = model
+        self._grammars = grammars
         self._topology = topology
         self._trees: dict[int, DeviceTree] = {}
         self._kv = kv_store
@@ -107,14 +123,15 @@ class ModelRunner:
     def submit(self, plan: StepPlan) -> PendingResult:
         """Apply lane changes, run the step's rows, launch verification and commit."""
         self._lanes.apply(plan, self._model.eos_token_ids)
+        self._grammars.apply(plan)
         if not plan.has_rows:
-            return PendingResult(plan.step_id, [], [])
+            return PendingResult(plan.step_id, [], [], self._grammars)
         rows = self._pack(plan)
         hidden_TE = self._forward(rows)
         chunks = self._prompt_logprobs(plan.chunks, hidden_TE)
         drawing = [part for part in rows if part.has_draw]
         if not drawing:
-            return PendingResult(plan.step_id, [], chunks)
+            return PendingResult(plan.step_id, [], chunks, self._grammars)
         verified_hidden = [_verified_rows(part, hidden_TE) for part in drawing]
         logits_TV = self._model.project(torch.cat([hidden.flatten(0, 1) for hidden in verified_hidden]))
         groups, start = [], 0
@@ -123,7 +140,7 @@ class ModelRunner:
             logits_BNV = logits_TV[start : start + num_rows].view(*hidden_BNE.shape[:2], -1)
             groups.append(self._verify(part, hidden_BNE, logits_BNV))
             start += num_rows
-        return PendingResult(plan.step_id, groups, chunks)
+        return PendingResult(plan.step_id, groups, chunks, self._grammars)
 
     def _pack(self, plan: StepPlan) -> list[_Rows]:
         rows: list[_Rows] = []
@@ -143,7 +160,8 @@ class ModelRunner:
         lanes = [chunk.lane]
         index_B = self._lanes.index(lanes)
         segment = self._segment(lanes, index_B, base_B, tree, start_row)
-        return _Rows(lanes, index_B, segment, tokens_BN, tree, True, chunk.is_last)
+        draft_BN = np.zeros((1, 1), dtype=np.int64) if chunk.is_last and chunk.lane in self._grammars else None
+        return _Rows(lanes, index_B, segment, tokens_BN, tree, True, chunk.is_last, draft_BN)
 
     def _pack_group(self, group: DecodeGroup, start_row: int) -> _Rows:
         tree = self._tree(group.num_nodes)
@@ -153,7 +171,9 @@ class ModelRunner:
         lookup_BD = lookup_tokens(self._lanes.tokens_PL, index_B, base_B + 1, tree.lookup_depth) if tree.lookup_depth else None
         tokens_BN = draft_tree(self._model.drafter, self._lanes.hidden_PE[index_B], root_B, tree, lookup_BD)
         segment = self._segment(group.lanes, index_B, base_B, tree, start_row)
-        return _Rows(group.lanes, index_B, segment, tokens_BN, tree, False, True)
+        # The host waits for the draft, but not for the forward pass behind it, during which it makes the masks.
+        draft_BN = tokens_BN.cpu().numpy() if group.has_grammar else None
+        return _Rows(group.lanes, index_B, segment, tokens_BN, tree, False, True, draft_BN)
 
     def _segment(self, lanes: Sequence[int], index_B: Tensor, base_B: Tensor, tree: DeviceTree, start_row: int) -> Segment:
         context_slots_BC = self._kv.context_slots(self._lanes.block_table(lanes, index_B))
@@ -189,14 +209,27 @@ class ModelRunner:
         rows = token_logprobs(logits_bLV.flatten(0, 1), token_bL.flatten(), num_top)
         return PathLogprobs(places, token_bL.shape[1], to_host(rows))
 
+    def _allowed(self, part: _Rows, logits_BNV: Tensor) -> Tensor:
+        """The logits of what grammars allow at each node. Takes nodes that have no mask out of the tree."""
+        if part.draft_BN is None:
+            return logits_BNV
+        # smaller trees are the first nodes of larger ones
+        parents = self._topology.parents[: part.draft_BN.shape[1]]
+        bits_BNW, is_left_out_BN = self._grammars.fill(part.lanes, part.draft_BN, parents)
+        if is_left_out_BN.any():
+            part.tokens_BN = torch.where(self._lanes.upload(is_left_out_BN), -1, part.tokens_BN)
+        bits_RW = self._lanes.upload(bits_BNW.reshape(-1, bits_BNW.shape[2]))
+        return mask_tokens(logits_BNV.flatten(0, 1), bits_RW).view_as(logits_BNV)
+
     def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:
         lanes, state = part.lanes, self._lanes
         # A last chunk draws from its last row only: a tree of one node.
         tree = self._tree(1) if part.is_prefill else part.tree
         index_B = part.index_B
         known_B = state.num_known_P[index_B]
+        allowed_BNV = self._allowed(part, logits_BNV)
         walk = walk_tree(
-            logits_BNV,
+            allowed_BNV,
             part.tokens_BN[:, -tree.num_nodes :],
             tree,
             state.sampling_rows(lanes, index_B),

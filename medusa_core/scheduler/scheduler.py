@@ -176,7 +176,7 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        requests = [request for request in self._lanes.decoding() if not request.is_surely_finished]
+        requests = [request for request in self._lanes.decoding() if not (request.is_surely_finished or _must_wait(request))]
         tree_size = self._choose_tree_size(requests)
         while not self._fits(growing := self._growing(requests, tree_size)):
             if tree_size > 1:
@@ -209,12 +209,16 @@ class Scheduler:
         return num_missing <= self._cache.num_free_blocks
 
     def _decode_groups(self, requests: list[Request], tree_size: int, step: InFlightStep) -> list[DecodeGroup]:
-        lanes_by_size: dict[int, list[int]] = {}
+        """Lanes with a grammar come last: what the others do is under way when the runner turns to their masks."""
+        lanes_by_kind: dict[tuple[bool, int], list[int]] = {}
         for request in requests:
             size = tree_size if self._can_draft(request) else 1
-            lanes_by_size.setdefault(size, []).append(lane_of(request))
+            lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
             step.add_draw(request, min(self._max_depth, size - 1) + 1)
-        return [DecodeGroup(lanes=lanes, num_nodes=size) for size, lanes in lanes_by_size.items()]
+        return [
+            DecodeGroup(lanes=lanes, num_nodes=size, has_grammar=has_grammar)
+            for (has_grammar, size), lanes in sorted(lanes_by_kind.items(), key=lambda item: item[0][0])
+        ]
 
     def _choose_tree_size(self, requests: list[Request]) -> int:
         num_drafting = sum(map(self._can_draft, requests))
@@ -331,3 +335,8 @@ class Scheduler:
         elif all(self._queue.is_held(choice) for choice in choices):
             # The choice whose prompt they waited for is gone: the next one computes it.
             self._queue.release(choices[0])
+
+
+def _must_wait(request: Request) -> bool:
+    """What a grammar allows next is known only when all tokens are."""
+    return request.params.grammar is not None and request.num_draws_in_flight > 0

@@ -21,6 +21,7 @@ from medusa_core.errors import HeadsMismatchError, QueueFullError
 from medusa_core.outputs import EngineInfo, EngineStats, FinishReason, TokenDelta
 from medusa_core.plan import DecodeGroup, LaneResult, StepPlan, StepResult
 from medusa_core.request import EngineRequest
+from tests.grammars import no_compiler
 
 VOCAB_SIZE = 1000
 POISON_TOKEN = 666
@@ -166,4 +167,5 @@ def build(config: EngineConfig, *, progress: bool) -> EngineCore:
     print("a library that prints must not disturb the start")
     runner = FakeRunner(delay_s=float(options.get("delay", 0)))
     scheduler = FakeScheduler(runner, max_choices=config.scheduler.max_queued_requests)
-    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=config.scheduler.max_steps_in_flight or 0)
+    in_flight = config.scheduler.max_steps_in_flight or 0
+    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=in_flight, grammars=no_compiler())

@@ -11,12 +11,14 @@ from medusa_core.params import SamplingParams
 from medusa_core.plan import StepPlan
 from medusa_core.request import EngineRequest
 from tests.engine.fake import INFO, VOCAB_SIZE, FakeRunner, FakeScheduler
+from tests.grammars import no_compiler
 
 
 def make_core(max_steps_in_flight: int = 0) -> tuple[EngineCore, FakeScheduler, FakeRunner]:
     runner = FakeRunner()
     scheduler = FakeScheduler(runner)
-    return EngineCore(scheduler, runner, INFO, max_steps_in_flight=max_steps_in_flight), scheduler, runner
+    core = EngineCore(scheduler, runner, INFO, max_steps_in_flight=max_steps_in_flight, grammars=no_compiler())
+    return core, scheduler, runner
 
 
 def make_request(prompt: list[int], request_id: str = "a", **params) -> EngineRequest:

@@ -17,6 +17,7 @@ from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 from tests.equivalence.models import VOCAB_SIZE, tiny_model
+from tests.grammars import no_grammars
 
 
 class ConstantDrafter:
@@ -60,7 +61,9 @@ def test_tree_overhead_by_lanes_leaves_the_lanes_free(model: DeviceModel):
     topology = TreeTopology.chain(2)
     store = KVStore(probe_layer_shapes(tiny_model("llama").model), 8, 8, torch.float32, model.device)
     lanes = LaneState(4, 256, 8, 48, torch.float32, model.device, vocab_size=VOCAB_SIZE, max_stop_ids=8)
-    runner = ModelRunner(model=model, topology=topology, kv_store=store, lanes=lanes, attention=TorchAttention())
+    runner = ModelRunner(
+        model=model, topology=topology, kv_store=store, lanes=lanes, attention=TorchAttention(), grammars=no_grammars()
+    )
     num_blocks = -(-overhead_slots(topology) // 8)
     overhead = measure_tree_overhead(
         runner, topology, lambda num_rows: 0.0, [1, 4], block_ids=range(num_blocks), max_total_tokens=256, device=model.device

@@ -25,6 +25,7 @@ from medusa_core.runtime.runner import DeviceModel, ModelRunner
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
 from tests.equivalence.models import MAX_MODEL_LEN, tiny_model
+from tests.grammars import no_grammars
 
 PROMPT = [5, 17, 80, 9, 33, 60, 12, 44, 71]
 NUM_TOKENS = 12
@@ -115,7 +116,9 @@ class Bench:
         )
         self.runner: Runner
         if kind == "eager":
-            self.runner = ModelRunner(model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention())
+            self.runner = ModelRunner(
+                model=model, topology=TREE, kv_store=store, lanes=lanes, attention=TorchAttention(), grammars=no_grammars()
+            )
         else:
             self.runner = kernel_runner(model, store, lanes, loaded.model.config.num_attention_heads, shapes)
         self._step_id = 0

@@ -1,0 +1,148 @@
+"""From a request's grammar to a matcher, which says what tokens may come next (llguidance).
+
+What a grammar may cost is bounded: the length of its text here, everything else by llguidance's own limits, which count work rather
+than time, so that a grammar is refused or not whatever else the machine does. Grammars are compiled by the thread that runs the
+steps: within the limits that takes 20 ms at most (a schema of a thousand properties), and less than one for most.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from medusa_core.errors import InvalidParameterError, UnsupportedParameterError
+from medusa_core.params import Grammar
+
+MAX_GRAMMAR_CHARS = 65_536
+# Compiled grammars kept for later requests, the recently used ones.
+_MAX_COMPILED = 16
+# Between tokens of JSON: as models write it, on one line or indented, but never so much that a model which does not know how to go
+# on could write space for ever.
+_JSON_SPACE = r"[ \n\r\t]{0,40}"
+# Fractions of llguidance's defaults, with which a hostile regular expression takes half a second per mask. These leave a tenth.
+_LIMITS = LLParserLimits(
+    initial_lexer_fuel=400_000,
+    step_lexer_fuel=50_000,
+    step_max_items=20_000,
+    max_lexer_states=50_000,
+    max_grammar_size=200_000,
+    verbose_errors=False,
+)
+
+
+def check_grammar(grammar: Grammar) -> None:
+    """Find out what is wrong with a grammar as far as that can be told without a vocabulary. Raises InvalidParameterError."""
+    _refuse_if(LLMatcher.validate_grammar(_source(grammar), limits=_LIMITS), grammar)
+
+
+def vocabulary(hf_tokenizer: Any, num_tokens: int, eos_token_ids: Sequence[int]) -> LLTokenizer:
+    """The tokens as llguidance knows them. Takes a second for 150,000 of them.
+
+    hf_tokenizer: of transformers, backed by the tokenizers library. num_tokens: width of the logits. Raises ValueError.
+    """
+    backend = getattr(hf_tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        raise ValueError("it is not backed by the tokenizers library")
+    if not eos_token_ids:
+        raise ValueError("the model has no EOS token, so that no output could end")
+    return LLTokenizer(backend.to_str(), n_vocab=max(num_tokens, len(hf_tokenizer)), eos_token=list(eos_token_ids))
+
+
+class GrammarCompiler:
+    """Makes matchers for one vocabulary. Not thread-safe.
+
+    load_vocabulary: called for the first grammar, so that an engine without any does not pay for it; may raise ValueError.
+    """
+
+    def __init__(self, load_vocabulary: Callable[[], LLTokenizer]) -> None:
+        self._load_vocabulary = load_vocabulary
+        self._vocabulary: LLTokenizer | ValueError | None = None
+        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+
+    def compile(self, grammar: Grammar, *, is_fresh: bool = False) -> LLMatcher:
+        """A matcher before the first token.
+
+        Matchers of one grammar share what they learn about its lexer, which has a limit. is_fresh: one that owes nothing to others.
+
+        Raises InvalidParameterError for a grammar that is wrong or beyond the limits, UnsupportedParameterError where the model's
+        tokenizer cannot be used.
+        """
+        key = (grammar.kind, grammar.text)
+        if is_fresh or key not in self._compiled:
+            self._compiled[key] = self._compile(grammar)
+            if len(self._compiled) > _MAX_COMPILED:
+                self._compiled.popitem(last=False)
+        self._compiled.move_to_end(key)
+        return self._compiled[key].deep_copy()
+
+    def _compile(self, grammar: Grammar) -> LLMatcher:
+        source, tokens = _source(grammar), self._tokens(grammar)
+        matcher = LLMatcher(tokens, source, log_level=0, limits=_LIMITS)
+        _refuse_if(matcher.get_error(), grammar)
+        # Lexers are built as they are used, so that only the first mask shows what is too much from the start.
+        mask_W = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+        _refuse_if(matcher.get_error() or ("" if mask_W.any() else "no text matches it"), grammar)
+        return matcher
+
+    def _tokens(self, grammar: Grammar) -> LLTokenizer:
+        if self._vocabulary is None:
+            try:
+                self._vocabulary = self._load_vocabulary()
+            except ValueError as error:
+                self._vocabulary = error
+        if isinstance(self._vocabulary, ValueError):
+            raise UnsupportedParameterError(
+                f"{grammar.field} is not supported with this model's tokenizer: {self._vocabulary}.", param=grammar.field
+            )
+        return self._vocabulary
+
+
+def _source(grammar: Grammar) -> str:
+    """The grammar in llguidance's form. Raises InvalidParameterError."""
+    field, text = grammar.field, grammar.text
+    if len(text) > MAX_GRAMMAR_CHARS:
+        raise InvalidParameterError(
+            f"{field} has {len(text)} characters, at most {MAX_GRAMMAR_CHARS} are allowed.", param=field, hint="Make it smaller."
+        )
+    try:
+        text.encode()  # half of a surrogate pair has no UTF-8 form
+        match grammar.kind:
+            case "json_schema":
+                return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE})
+            case "regex":
+                return LLMatcher.grammar_from_regex(text)
+            case "choice":
+                return grammar_from("choice", _checked_choices(text))
+            case "cfg":
+                return grammar_from("grammar", text)
+    except (ValueError, RecursionError) as error:
+        raise _invalid(str(error), grammar) from error
+
+
+def _checked_choices(text: str) -> str:
+    choices = json.loads(text)
+    if not (isinstance(choices, list) and choices and all(isinstance(choice, str) and choice for choice in choices)):
+        raise ValueError("it should be a list of at least one string, none of them empty")
+    return text
+
+
+def _refuse_if(message: str, grammar: Grammar) -> None:
+    if message:
+        raise _invalid(message, grammar)
+
+
+def _invalid(message: str, grammar: Grammar) -> InvalidParameterError:
+    # llguidance ends its messages with parts that it left out
+    reason = message.split("\n<", 1)[0].strip().rstrip(".")
+    if reason == "NoExtensionBias":
+        reason = "no text matches it"
+    return InvalidParameterError(
+        f"{grammar.field} cannot be used: {reason[:500]}.",
+        param=grammar.field,
+        hint="Correct it, or ask for less than it does.",
+    )
