@@ -10,7 +10,7 @@ from typing import Any
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, UnsupportedParameterError
 from medusa_core.outputs import EngineInfo
-from medusa_core.params import MAX_LOGPROBS, SamplingParams
+from medusa_core.params import MAX_LOGPROBS, Grammar, SamplingParams
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.protocol.chat import AssistantMessage, ChatBody, Message
@@ -18,6 +18,7 @@ from server.protocol.common import GenerationBody, Speculative
 from server.protocol.completions import CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
+from server.structured import output_grammar
 from server.tools import offered_tools, template_tools
 
 # Lanes one HTTP request may ask for: n times its prompts.
@@ -197,11 +198,12 @@ def _job(body: GenerationBody, prompts: list[list[int]], model: ServedModel, req
     if len(prompts) * n > MAX_CHOICES:
         message = f"n times the number of prompts must be at most {MAX_CHOICES}, got {n} x {len(prompts)}."
         raise InvalidParameterError(message, param="n")
+    grammar = output_grammar(body)
     requests = [
         EngineRequest(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=prompt,
-            params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info),
+            params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info, grammar),
             priority=body.priority or 0,
             arrival_s=arrival_s,
         )
@@ -228,7 +230,7 @@ def _max_tokens(body: GenerationBody, prompt: list[int], info: EngineInfo) -> in
     return (room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS)) if asked is None else asked
 
 
-def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) -> SamplingParams:
+def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo, grammar: Grammar | None) -> SamplingParams:
     """Null and absent fields take `SamplingParams`' defaults, which are the API's. Raises InvalidParameterError."""
     stop_token_ids = body.stop_token_ids or []
     for field, token_ids in (("stop_token_ids", stop_token_ids), ("logit_bias", body.logit_bias)):
@@ -249,6 +251,7 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo) ->
         logit_bias=tuple(body.logit_bias.items()),
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
+        grammar=grammar,
         **_speculation(body.speculative or Speculative()),
     )
 

@@ -107,7 +107,6 @@ class ChatBody(GenerationBody):
     prompt_cache_retention: str | None = None
     prompt_cache_options: dict[str, Any] | None = None
 
-    response_format: Annotated[Any, only(None, {"type": "text"})] = None
     functions: Annotated[Any, only(None, [])] = None
     function_call: Annotated[Any, only(None, "none", "auto")] = None
     modalities: Annotated[Any, only(None, ["text"])] = None

@@ -106,6 +106,38 @@ class Speculative(Body):
     delta: float | None = None
 
 
+class JsonSchemaFormat(Body):
+    """strict changes nothing: the schema is always kept to. name and description are for people."""
+
+    name: str
+    description: str | None = None
+    json_schema: dict[str, Any] = Field(alias="schema")
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    """The form of the output, as OpenAI names it."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchemaFormat | None = None
+
+
+def _check_schema(value: object) -> object:
+    if not isinstance(value, dict | str | None):
+        raise invalid("Input should be a JSON schema: an object, or a string that holds one")
+    return value
+
+
+class StructuredOutputs(Body):
+    """The form of the output, as vLLM names it: one of these. grammar: in the notation of Lark or of llama.cpp (GBNF)."""
+
+    json_schema: Annotated[Any, BeforeValidator(_check_schema)] = Field(default=None, alias="json")
+    regex: str | None = None
+    choice: Annotated[list[str], Field(fail_fast=True)] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+
+
 class GenerationBody(Body):
     """What completions and chat completions have in common."""
 
@@ -121,6 +153,7 @@ class GenerationBody(Body):
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
     logit_bias: LogitBias = {}
+    response_format: ResponseFormat | None = None
     user: str | None = None
 
     # Extensions that other servers have too, under the same names.
@@ -134,6 +167,7 @@ class GenerationBody(Body):
     return_token_ids: bool | None = None
     priority: Int32 | None = None
     repetition_penalty: float | None = None
+    structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
 
     prompt_logprobs: Annotated[Any, only(None)] = None

@@ -129,7 +129,6 @@ async def test_wrong_messages_name_the_place(make_http, messages, param):
     ("path", "field", "value"),
     [
         (COMPLETIONS, "best_of", 3),
-        (CHAT, "response_format", {"type": "json_object"}),
         (CHAT, "tools", [{"type": "custom", "custom": {"name": "f"}}]),
         (CHAT, "tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
         (CHAT, "functions", [{}]),
