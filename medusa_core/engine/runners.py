@@ -158,6 +158,7 @@ def _captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
     runner = GraphRunner(
         step_parts,
         parts.topology,
+        parts.grammars,
         node_sizes=parts.node_sizes,
         max_rows=scheduler.max_step_rows,
         max_chunk_rows=scheduler.max_step_tokens,

@@ -28,6 +28,11 @@ logger = logging.getLogger(__name__)
 # Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
 # which costs speed but changes no token.
 _DRAFT_BUDGET_S = 0.003
+# A first failure may be due to others who used the same lexer. Whoever fails again decodes without drafts from then on: each time
+# costs up to 50 ms.
+_MAX_PROBE_FAILURES = 2
+# As with these: a matcher that does not last is not made anew for every token.
+_MIN_TOKENS_PER_RENEWAL = 64
 
 
 @dataclass(slots=True)
@@ -45,6 +50,8 @@ class _Lane:
     end_ids: list[int]
     matcher: LLMatcher
     probe: LLMatcher | None = None
+    num_probe_failures: int = 0
+    num_renewals: int = 0
     failure: str = ""
 
 
@@ -127,12 +134,15 @@ class GrammarLanes:
         return lane
 
     def _fill_root(self, lane: _Lane, mask_W: np.ndarray) -> None:
-        if _fill(lane.matcher, mask_W):
-            # Perhaps others have used up what a lexer may grow to. Whether a request can go on must depend on its own tokens only.
+        failure = lane.failure or _fill(lane.matcher, mask_W)
+        if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
+            # Perhaps others have used up what the lexer may grow to, or tokens long past have.
+            lane.num_renewals += 1
             lane.matcher, lane.probe = self._compiler.compile(lane.grammar, is_fresh=True), None
             lane.matcher.consume_tokens(lane.emitted)
-            lane.failure = _fill(lane.matcher, mask_W)
-        if lane.failure:
+            failure = _fill(lane.matcher, mask_W)
+        lane.failure = failure
+        if failure:
             # whatever is drawn is not told to anyone
             mask_W.fill(-1)
         else:
@@ -143,8 +153,10 @@ class GrammarLanes:
             return
         if lane.probe is None:
             lane.probe = lane.matcher.deep_copy()
+        tree.has_failed = lane.num_probe_failures >= _MAX_PROBE_FAILURES
         self._fill_below(lane, lane.probe, tree, node=0, depth=0)
         if tree.has_failed:
+            lane.num_probe_failures += 1
             lane.probe = None
 
     def _fill_below(self, lane: _Lane, probe: LLMatcher, tree: _TreeMasks, *, node: int, depth: int) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +23,7 @@ from medusa_core.kernels.kv_cache import commit_path
 from medusa_core.kernels.lookup import match_suffixes
 from medusa_core.kernels.penalties import penalize_nodes
 from medusa_core.kernels.sampling import draw_rows
+from medusa_core.kernels.token_mask import mask_tokens_
 from medusa_core.kernels.topk import argmax_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, gather_roots, pack_trees, walk_trees
 from medusa_core.kernels.typical import take_typical_paths
@@ -63,10 +65,18 @@ class StepParts:
     use_pdl: bool
 
     def draw(
-        self, hidden_TE: Tensor, lane_T: Tensor, token_T: Tensor, index_T: Tensor, tree: DeviceTree, *, is_greedy: bool
+        self,
+        hidden_TE: Tensor,
+        lane_T: Tensor,
+        token_T: Tensor,
+        index_T: Tensor,
+        tree: DeviceTree,
+        *,
+        is_greedy: bool,
+        bits_TW: Tensor | None = None,
     ) -> Tensor:
         """The token the model draws at each row, int64 [T]. A draw depends on the row's logits, its index and the path to it, so
-        all nodes of a tree can be drawn for at once."""
+        all nodes of a tree can be drawn for at once. bits_TW: which tokens may be drawn (kernels.token_mask), where not greedy."""
         if is_greedy and self.model.best_token is not None:
             return self.model.best_token(hidden_TE)
         logits_TV = self.model.project(hidden_TE)
@@ -87,6 +97,8 @@ class StepParts:
             bias_PV=penalties.bias_PV,
             use_pdl=self.use_pdl,
         )
+        if bits_TW is not None:
+            mask_tokens_(logits_TV, bits_TW, use_pdl=self.use_pdl)
         drawn_T = draw_rows(
             logits_TV,
             lane_R=lane_T,
@@ -146,6 +158,17 @@ class StepParts:
         )
 
 
+class TreeRows(NamedTuple):
+    """The packed rows of a decode step (kernels.tree_step.pack_trees)."""
+
+    token_T: Tensor
+    position_T: Tensor
+    slot_T: Tensor
+    index_T: Tensor
+    lane_T: Tensor
+    base_B: Tensor
+
+
 class DecodeStep:
     """B lanes, N nodes each. Set the lanes, then call it.
 
@@ -163,9 +186,14 @@ class DecodeStep:
         self._list_N = tree.parent_N if drafter is None else drafter.lists_of(tree)
 
     def __call__(self) -> None:
+        rows = self.pack()
+        self.finish(rows, self.forward(rows))
+
+    def pack(self) -> TreeRows:
+        """Draft."""
         parts, lanes, tree = self._parts, self._parts.lanes, self.tree
         candidates_BRC, match_BJ = self.draft()
-        token_T, position_T, slot_T, index_T, lane_T, base_B = pack_trees(
+        rows = pack_trees(
             self.lane_B,
             candidates_BRC,
             match_BJ,
@@ -181,20 +209,31 @@ class DecodeStep:
             max_position=lanes.max_model_len - 1,
             use_pdl=parts.use_pdl,
         )
+        return TreeRows(*rows)
+
+    def forward(self, rows: TreeRows) -> Tensor:
+        """Hidden states of the rows, [T, E]."""
+        parts, tree = self._parts, self.tree
         context = tree_context(
             parts.kv_store,
-            slot_T,
+            rows.slot_T,
             parts.tables,
             lane_B=self.lane_B,
-            base_B=base_B,
+            base_B=rows.base_B,
             depth_N=tree.depth_N,
             ancestor_bits_N=tree.ancestor_bits_N,
             workspace=parts.workspace,
             use_pdl=parts.use_pdl,
         )
-        hidden_TE = parts.model.forward(token_T, position_T, context)
-        drawn_T = parts.draw(hidden_TE, lane_T, token_T, index_T, tree, is_greedy=self._is_greedy)
-        source_BL, target_BL = parts.walk(self.lane_B, drawn_T, token_T, hidden_TE, tree.parent_N, self.result_BR)
+        return parts.model.forward(rows.token_T, rows.position_T, context)
+
+    def finish(self, rows: TreeRows, hidden_TE: Tensor, bits_TW: Tensor | None = None) -> None:
+        """Draw, walk, commit. bits_TW: see `StepParts.draw`."""
+        parts, tree = self._parts, self.tree
+        drawn_T = parts.draw(
+            hidden_TE, rows.lane_T, rows.token_T, rows.index_T, tree, is_greedy=self._is_greedy, bits_TW=bits_TW
+        )
+        source_BL, target_BL = parts.walk(self.lane_B, drawn_T, rows.token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
@@ -232,16 +271,19 @@ class DecodeStep:
 class PrefillStep:
     """T rows of prompt chunks, up to C of them last chunks. `load` the chunks, then call it.
 
-    result_BR: int64 [C, 1 + 3], a row per last chunk in the order of the chunks.
+    bits_CW: which tokens each last chunk may draw (see `StepParts.draw`), an input too. result_BR: int64 [C, 1 + 3], a row per last
+    chunk in the order of the chunks.
     """
 
-    def __init__(self, parts: StepParts, num_rows: int, num_draws: int, *, is_greedy: bool) -> None:
+    def __init__(self, parts: StepParts, num_rows: int, bits_CW: Tensor, *, is_greedy: bool) -> None:
+        num_draws = bits_CW.shape[0]
         device = parts.model.device
         self.num_rows = num_rows
         self.num_draws = num_draws
         # every chunk may leave one tile half full
         self._num_tiles = -(-num_rows // parts.tile_rows) + num_draws
         self._parts = parts
+        self._bits_CW = bits_CW
         self._is_greedy = is_greedy
         self._root = DeviceTree.causal(1, device)
         self._inputs = torch.zeros(2 * num_rows + 2 * num_draws + 4 * self._num_tiles, dtype=torch.int64, device=device)
@@ -286,5 +328,7 @@ class PrefillStep:
         hidden_CE = hidden_TE[draw_row_C]
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
         # a tree of one node has no drafts on the way, so its token does not matter
-        drawn_C = parts.draw(hidden_CE, draw_lane_C, draw_row_C, index_C, self._root, is_greedy=self._is_greedy)
+        drawn_C = parts.draw(
+            hidden_CE, draw_lane_C, draw_row_C, index_C, self._root, is_greedy=self._is_greedy, bits_TW=self._bits_CW
+        )
         parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)

@@ -5,6 +5,9 @@ rows, each once for lanes that all decode greedily and once for lanes that sampl
 with the null lane; its chunks run behind them as a second launch. Results leave the device by a copy of their own, so the next
 step can be launched before they are read.
 
+Steps under grammars wait for masks from the host in their middle (runtime/masked_step.py). They are captured when they are first
+needed, so that a server without grammars has nothing of them.
+
 Without a CUDA device the same steps run uncaptured, in Triton's interpreter; that is how the tests cover them on a CPU.
 """
 
@@ -23,12 +26,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medusa_core.errors import ConfigError
+from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
+from medusa_core.runtime.capture import capture, new_event, new_stream
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
 from medusa_core.runtime.lanes import HostLane
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
+from medusa_core.runtime.masked_step import MaskedDecodeStep
 from medusa_core.runtime.results import lane_result
 from medusa_core.sampling.logprobs import logprobs_of_hidden
 from medusa_core.speculation.device_tree import DeviceTree
@@ -58,9 +64,15 @@ class PendingGraphResult:
     """A launched step (plan.PendingStep)."""
 
     def __init__(
-        self, step_id: int, groups: list[_LaunchedGroup], chunks: list[ChunkLogprobs], is_done: torch.cuda.Event | None
+        self,
+        step_id: int,
+        groups: list[_LaunchedGroup],
+        chunks: list[ChunkLogprobs],
+        is_done: torch.cuda.Event | None,
+        grammars: GrammarLanes,
     ) -> None:
         self._step_id = step_id
+        self._grammars = grammars
         self._groups = groups
         self._chunks = chunks
         self._is_done = is_done
@@ -71,7 +83,7 @@ class PendingGraphResult:
             self._is_done.synchronize()
         return StepResult(
             step_id=self._step_id,
-            lanes=[lane for group in self._groups for lane in _read(group)],
+            lanes=[self._grammars.take(lane) for group in self._groups for lane in _read(group)],
             prompt_logprobs=[chunk.read() for chunk in self._chunks],
         )
 
@@ -84,9 +96,18 @@ class GraphRunner:
     """
 
     def __init__(
-        self, parts: StepParts, topology: TreeTopology, *, node_sizes: Sequence[int], max_rows: int, max_chunk_rows: int
+        self,
+        parts: StepParts,
+        topology: TreeTopology,
+        grammars: GrammarLanes,
+        *,
+        node_sizes: Sequence[int],
+        max_rows: int,
+        max_chunk_rows: int,
     ) -> None:
         self._parts = parts
+        self._topology = topology
+        self._grammars = grammars
         self._lanes = parts.lanes
         self._max_chunk_rows = max_chunk_rows
         device = parts.model.device
@@ -102,13 +123,20 @@ class GraphRunner:
             for size, nodes in decode_buckets(max_lanes, node_sizes, max_rows)
             for is_greedy in (True, False)
         }
+        self._masked: dict[tuple[int, int], MaskedDecodeStep] = {}
+        self._masks_RW: Tensor | None = None
         self._chunk_sizes = chunk_buckets(max_chunk_rows)
+        # All ones, but for the lanes with a grammar in the latest step.
+        self._chunk_bits_CW = torch.full((MAX_CHUNKS, grammars.num_words), -1, dtype=torch.int32, device=device)
+        self._has_chunk_masks = False
         self._prefill = {
-            (rows, is_greedy): PrefillStep(parts, rows, MAX_CHUNKS, is_greedy=is_greedy)
+            (rows, is_greedy): PrefillStep(parts, rows, self._chunk_bits_CW, is_greedy=is_greedy)
             for rows in self._chunk_sizes
             for is_greedy in (True, False)
         }
         self._replay: dict[DecodeStep | PrefillStep, Callable[[], None]] = {}
+        # What captures share: the stream of their warm-up, as the allocator keeps the memory of each apart, and their own memory.
+        self._capture_on: tuple[torch.cuda.Stream, Any] | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -123,12 +151,10 @@ class GraphRunner:
         steps: list[DecodeStep | PrefillStep] = [*self._decode.values(), *self._prefill.values()]
         # The largest first: later captures then reuse its memory, as no two graphs run at once.
         steps.sort(key=lambda step: -_num_rows(step))
-        pool = torch.cuda.graph_pool_handle()
-        # one for all: the allocator keeps the memory of each stream apart
-        warm_up = _stream()
+        warm_up, pool = self._capture_on = new_stream(), torch.cuda.graph_pool_handle()
         try:
             for step in tqdm(steps, desc="capturing steps", disable=not progress):
-                self._replay[step] = _capture(step, warm_up, pool)
+                self._replay[step] = capture(step, warm_up, pool)
         except torch.OutOfMemoryError as error:
             raise ConfigError(
                 f"The device's memory does not hold the steps of {self._lanes.num_lanes} lanes ({len(self._replay)} captured).",
@@ -136,6 +162,7 @@ class GraphRunner:
             ) from error
         except RuntimeError as error:
             self._replay.clear()
+            self._capture_on = None
             logger.warning("The model's steps cannot be captured and run kernel by kernel, which is slower: %s", error)
         torch.cuda.synchronize()
 
@@ -143,14 +170,15 @@ class GraphRunner:
     def submit(self, plan: StepPlan) -> PendingGraphResult:
         """Apply lane changes, launch the decode groups, then the chunks."""
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
-        groups = [self._launch_group(group) for group in plan.decode_groups]
+        self._grammars.apply(plan)
+        groups = [self._launch_masked(group) if group.has_grammar else self._launch_group(group) for group in plan.decode_groups]
         prompt_logprobs: list[ChunkLogprobs] = []
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
             group = self._launch_chunks(chunks)
             groups += [group] if group is not None else []
             prompt_logprobs += self._prompt_logprobs(chunks)
         is_done = self._record() if groups or prompt_logprobs else None
-        return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done)
+        return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars)
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:
@@ -196,15 +224,57 @@ class GraphRunner:
             return self._seconds(step.draft)
         cache_bytes = torch.cuda.get_device_properties(self._parts.model.device).L2_cache_size
         other = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=self._parts.model.device)
-        return self._seconds(_capture(step.draft, _stream(), None), before=other.zero_)
+        return self._seconds(capture(step.draft, new_stream(), None), before=other.zero_)
 
     def _launch_group(self, group: DecodeGroup) -> _LaunchedGroup:
-        num_lanes = len(group.lanes)
-        size = self._sizes[bisect.bisect_left(self._sizes, num_lanes)]
+        size = self._bucket(group)
         self._load_lanes(size, group.lanes)
         step = self._decode[size, group.num_nodes, self._lanes.is_all_greedy(group.lanes)]
         self._launcher(step)()
         return self._collect(group.lanes, step.tree, step.result_BR)
+
+    def _launch_masked(self, group: DecodeGroup) -> _LaunchedGroup:
+        """The host makes the masks while the device runs the forward pass."""
+        size, num_lanes = self._bucket(group), len(group.lanes)
+        step = self._masked_step(size, group.num_nodes)
+        self._load_lanes(size, group.lanes)
+        step.start()
+        draft_BN = torch.empty(num_lanes, group.num_nodes, dtype=torch.int64, pin_memory=self._is_cuda)
+        draft_BN.copy_(step.token_BN[:num_lanes], non_blocking=True)
+        is_drafted = self._record()
+        step.run_model()
+        if is_drafted is not None:
+            is_drafted.synchronize()
+        # smaller trees are the first nodes of larger ones
+        parents = self._topology.parents[: group.num_nodes]
+        step.load_masks(*self._grammars.fill(group.lanes, draft_BN.numpy(), parents))
+        step.end()
+        return self._collect(group.lanes, step.tree, step.result_BR)
+
+    def _masked_step(self, size: int, num_nodes: int) -> MaskedDecodeStep:
+        """Made and captured on first use."""
+        if self._masks_RW is None:
+            shape = (max(lanes * nodes for lanes, nodes, _ in self._decode), self._grammars.num_words)
+            self._masks_RW = torch.zeros(shape, dtype=torch.int32, device=self._parts.model.device)
+        if (size, num_nodes) not in self._masked:
+            step = MaskedDecodeStep(self._parts, self._lane_inputs[size], self._trees[num_nodes], self._masks_RW)
+            if self._capture_on is not None:
+                self._load_lanes(size, [])
+                step.capture(*self._capture_on)
+            self._masked[size, num_nodes] = step
+        return self._masked[size, num_nodes]
+
+    def _load_chunk_masks(self, drawing: Sequence[int]) -> None:
+        """Of the lanes that the next prefill step draws for."""
+        places = [place for place, lane in enumerate(drawing) if lane in self._grammars]
+        if places:
+            bits_CW = np.full(self._chunk_bits_CW.shape, -1, dtype=np.int32)
+            no_draft_B1 = np.zeros((len(places), 1), dtype=np.int64)
+            bits_CW[places] = self._grammars.fill([drawing[place] for place in places], no_draft_B1, (-1,))[0][:, 0]
+            self._chunk_bits_CW.copy_(self._lanes.upload(bits_CW))
+        elif self._has_chunk_masks:
+            self._chunk_bits_CW.fill_(-1)
+        self._has_chunk_masks = bool(places)
 
     def _launch_chunks(self, chunks: list[PrefillChunk]) -> _LaunchedGroup | None:
         """None if no chunk draws."""
@@ -213,6 +283,7 @@ class GraphRunner:
         size = self._chunk_sizes[bisect.bisect_left(self._chunk_sizes, num_rows)]
         step = self._prefill[size, self._lanes.is_all_greedy(drawing)]
         step.load(chunks)
+        self._load_chunk_masks(drawing)
         self._launcher(step)()
         return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
 
@@ -247,6 +318,9 @@ class GraphRunner:
             padding = [self._lanes.null_lane] * (size - len(lanes))
             self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
 
+    def _bucket(self, group: DecodeGroup) -> int:
+        return self._sizes[bisect.bisect_left(self._sizes, len(group.lanes))]
+
     def _launcher(self, step: DecodeStep | PrefillStep) -> Callable[[], None]:
         """The step's graph, or the step itself where it was not captured."""
         return self._replay.get(step, step)
@@ -261,7 +335,7 @@ class GraphRunner:
     def _record(self) -> torch.cuda.Event | None:
         if not self._is_cuda:
             return None
-        event = _event()
+        event = new_event()
         event.record()
         return event
 
@@ -272,7 +346,7 @@ class GraphRunner:
             start_s = time.perf_counter()
             run()
             return time.perf_counter() - start_s
-        events = [(_event(enable_timing=True), _event(enable_timing=True)) for _ in range(_NUM_TIMED)]
+        events = [(new_event(enable_timing=True), new_event(enable_timing=True)) for _ in range(_NUM_TIMED)]
         for start, end in events:
             if before is not None:
                 before()
@@ -299,26 +373,6 @@ def _launches(chunks: Sequence[PrefillChunk], max_rows: int) -> Iterator[list[Pr
 
 def _num_rows(step: DecodeStep | PrefillStep) -> int:
     return step.lane_B.shape[0] * step.tree.num_nodes if isinstance(step, DecodeStep) else step.num_rows
-
-
-def _event(*, enable_timing: bool = False) -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
-
-
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
-def _capture(step: Callable[[], object], warm_up: torch.cuda.Stream, pool: Any) -> Callable[[], None]:
-    """Run the step once, which compiles its kernels and lets libraries allocate what they need, then record it."""
-    warm_up.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(warm_up):
-        step()
-    torch.cuda.current_stream().wait_stream(warm_up)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        step()
-    return graph.replay
 
 
 def _read(group: _LaunchedGroup) -> list[LaneResult]:

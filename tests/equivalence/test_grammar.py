@@ -121,14 +121,12 @@ def test_outputs_are_texts_of_their_grammars(plain):
         elif output.finish_reason is FinishReason.STOP:
             check_text(NAMES[number], text_of(output))
             num_ended += not NAMES[number].startswith("free")
-    assert num_ended >= 14, [(NAMES[n], text_of(o)) for (n, _), o in plain.items()]
+    assert num_ended >= 14
 
 
 def test_min_tokens_holds_the_end_back(plain):
     number = NAMES.index("min_tokens")
-    prompt = prompts()[number]
     assert len(plain[number, 0].token_ids) > 9
-    assert prompt
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -148,3 +146,16 @@ def test_the_same_tokens_with_speculation(variant, plain, model):
     assert num_accepted["speculation off for one"] == 0
     if variant == "preemption":
         assert core.stats().num_preemptions_total > 0
+
+
+def test_kernels_give_the_same_tokens(plain, model):
+    """Where there is a GPU, captured when they are first needed: masks arrive in the middle of a step."""
+    names = ["regex, greedy", "schema, sampled", "free, sampled"]
+    numbers = [NAMES.index(name) for name in names]
+    requests = [(prompts()[number], dataclasses.replace(PARAMETERS[NAMES[number]], max_tokens=10)) for number in numbers]
+    heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in numbers])
+    core = make_engine(model, heads, mode="captured", max_num_seqs=2, max_step_rows=16, tree_size=8, max_step_tokens=64)
+    outputs = run(core, requests, arrive_every=1)
+    for place, number in enumerate(numbers):
+        assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:10], NAMES[number]
+    assert all(output.num_accepted > 0 for output in outputs.values())

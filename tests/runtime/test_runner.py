@@ -75,7 +75,7 @@ def kernel_runner(model: DeviceModel, store: KVStore, lanes: LaneState, num_head
         **hidden_stores(lanes, TREE.max_depth + 1, 16),
         use_pdl=can_overlap_launches(model.device),
     )
-    runner = GraphRunner(parts, TREE, node_sizes=(1, 3, 6), max_rows=24, max_chunk_rows=16)
+    runner = GraphRunner(parts, TREE, no_grammars(), node_sizes=(1, 3, 6), max_rows=24, max_chunk_rows=16)
     runner.capture()
     return runner
 

@@ -1,0 +1,191 @@
+"""The masks of trees against matchers that are sent down every path by themselves."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+
+import numpy as np
+import pytest
+from llguidance import LLMatcher
+
+from medusa_core.grammar.lanes import GrammarLanes
+from medusa_core.outputs import FinishReason
+from medusa_core.params import Grammar, SamplingParams
+from medusa_core.plan import LaneJoin, LaneResult, StepPlan
+from tests.grammars import EOS_ID, VOCAB_SIZE, tiny_compiler, tiny_tokenizer
+
+GRAMMARS = [
+    Grammar(kind="regex", text=r"(cat|dog)?[a-c]{2,6}(12)*"),
+    Grammar(kind="choice", text=json.dumps(["abc", "abcat", "cat", "ab"])),
+    Grammar(kind="json_schema", text=json.dumps({"type": "object", "properties": {"name": {"type": "string", "maxLength": 9}}})),
+]
+PROMPT = [5, 6]
+COMPILER = tiny_compiler()
+
+
+def join(lane: int, grammar: Grammar, emitted: list[int], **params: object) -> LaneJoin:
+    return LaneJoin(
+        lane=lane,
+        uid=100 + lane,
+        token_ids=PROMPT + emitted,
+        num_prompt_tokens=len(PROMPT),
+        num_computed_tokens=0,
+        max_total_tokens=100,
+        noise_key=0,
+        params=SamplingParams(grammar=grammar, **params),
+        block_ids=[],
+    )
+
+
+def make_lanes(*joins: LaneJoin) -> GrammarLanes:
+    lanes = GrammarLanes(tiny_compiler(), num_tokens=VOCAB_SIZE, eos_token_ids=[EOS_ID])
+    lanes.apply(StepPlan(step_id=0, joins=list(joins)))
+    return lanes
+
+
+def allowed(mask_W: np.ndarray) -> set[int]:
+    return set(np.flatnonzero(np.unpackbits(mask_W.view(np.uint8), bitorder="little")).tolist())
+
+
+def matcher_behind(grammar: Grammar, token_ids: list[int]) -> LLMatcher | None:
+    """None where the grammar does not allow the tokens."""
+    matcher = COMPILER.compile(grammar)
+    return matcher if matcher.try_consume_tokens(token_ids) == len(token_ids) else None
+
+
+def random_tree(rng: random.Random, num_nodes: int) -> list[int]:
+    return [-1, *(rng.randrange(node) for node in range(1, num_nodes))]
+
+
+def path_to(node: int, parents: list[int], token_ids: list[int]) -> list[int]:
+    path = []
+    while node > 0:
+        path.append(token_ids[node])
+        node = parents[node]
+    return path[::-1]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_every_node_that_can_be_reached_has_the_mask_of_its_path(seed):
+    rng = random.Random(seed)
+    lanes = make_lanes(*(join(lane, grammar, []) for lane, grammar in enumerate(GRAMMARS)))
+    emitted: list[list[int]] = [[] for _ in GRAMMARS]
+    num_filled = num_refused = 0
+    for _ in range(6):
+        parents = random_tree(rng, 24)
+        tokens_BN = np.zeros((len(GRAMMARS), 24), dtype=np.int64)
+        for lane, grammar in enumerate(GRAMMARS):
+            for node in range(1, 24):
+                before = matcher_behind(grammar, emitted[lane] + path_to(parents[node], parents, tokens_BN[lane].tolist()))
+                # mostly what the grammar allows, so that the tree is not cut at once
+                options = sorted(allowed(np.frombuffer(before.compute_bitmask(), dtype=np.int32))) if before else []
+                tokens_BN[lane, node] = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(4, 90)
+        masks_BNW, is_left_out_BN = lanes.fill([0, 1, 2], tokens_BN, parents, budget_s=1e9)
+        assert not is_left_out_BN.any()
+        for lane, grammar in enumerate(GRAMMARS):
+            for node in range(24):
+                path = path_to(node, parents, tokens_BN[lane].tolist())
+                matcher = matcher_behind(grammar, emitted[lane] + path)
+                if matcher is None or EOS_ID in path:
+                    assert not masks_BNW[lane, node].any()
+                    num_refused += matcher is None
+                else:
+                    expected = set(
+                        np.flatnonzero(np.unpackbits(np.frombuffer(matcher.compute_bitmask(), np.uint8), bitorder="little"))
+                    )
+                    assert allowed(masks_BNW[lane, node]) == expected
+                    num_filled += 1
+            # go on with what is allowed at the root
+            token_id = min(allowed(masks_BNW[lane, 0]) - {EOS_ID}, key=lambda _: rng.random(), default=None)
+            if token_id is not None:
+                assert lanes.take(LaneResult(lane=lane, uid=100 + lane, token_ids=[token_id])).finish_reason is None
+                emitted[lane].append(token_id)
+    assert num_filled > 80
+    assert num_refused > 20
+
+
+def test_without_time_only_roots_have_masks_and_their_children_are_left_out():
+    encode = tiny_tokenizer().encode
+    lanes = make_lanes(join(0, GRAMMARS[0], []), join(1, GRAMMARS[0], encode("cat")))
+    a, x, c = (encode(letter)[0] for letter in "axc")
+    tokens_BN = np.array([[0, a, x, c, EOS_ID]] * 2)
+    masks_BNW, is_left_out_BN = lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=-1.0)
+    assert masks_BNW.any(axis=2).tolist() == [[True, False, False, False, False]] * 2
+    # what the grammar refuses needs not be left out, nor does what lies below
+    assert is_left_out_BN.tolist() == [[False, True, False, False, False]] * 2
+    full_BNW, _ = lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=1e9)
+    assert (full_BNW[:, 0] == masks_BNW[:, 0]).all()
+    assert full_BNW.any(axis=2).tolist() == [[True, True, False, True, False]] * 2
+
+
+def test_a_request_that_comes_back_goes_on_where_it_was():
+    emitted = tiny_tokenizer().encode("dogab")
+    stepwise = make_lanes(join(0, GRAMMARS[0], []))
+    for token_id in emitted:
+        stepwise.take(LaneResult(lane=0, uid=100, token_ids=[token_id]))
+    back = make_lanes(join(0, GRAMMARS[0], emitted))
+    one_node = np.zeros((1, 1), dtype=np.int64)
+    assert (stepwise.fill([0], one_node, [-1])[0] == back.fill([0], one_node, [-1])[0]).all()
+    assert EOS_ID in allowed(back.fill([0], one_node, [-1])[0][0, 0])
+
+
+def test_results_of_a_lane_that_was_given_away_are_not_taken():
+    lanes = make_lanes(join(0, GRAMMARS[0], []))
+    one_node = np.zeros((1, 1), dtype=np.int64)
+    before = lanes.fill([0], one_node, [-1])[0]
+    late = LaneResult(lane=0, uid=7, token_ids=tiny_tokenizer().encode("cat"))
+    assert lanes.take(late) is late
+    assert (lanes.fill([0], one_node, [-1])[0] == before).all()
+    lanes.apply(StepPlan(step_id=1, leaves=[0]))
+    assert 0 not in lanes
+    assert lanes.take(late) is late
+
+
+def test_ends_wait_for_min_tokens_unless_nothing_else_is_allowed():
+    one_node = np.zeros((1, 1), dtype=np.int64)
+    encode = tiny_tokenizer().encode
+    stop_id = encode("c")[0]
+
+    def mask_behind(text: str, grammar: Grammar, min_tokens: int) -> set[int]:
+        lanes = make_lanes(join(0, grammar, encode(text), min_tokens=min_tokens, stop_token_ids=(stop_id,)))
+        return allowed(lanes.fill([0], one_node, [-1])[0][0, 0])
+
+    free = mask_behind("ab", GRAMMARS[0], 0)
+    assert {EOS_ID, stop_id} < free
+    num_tokens = len(encode("ab"))
+    assert mask_behind("ab", GRAMMARS[0], num_tokens) == free
+    assert mask_behind("ab", GRAMMARS[0], num_tokens + 1) == free - {EOS_ID, stop_id}
+    assert mask_behind("abcat", GRAMMARS[1], 50) == {EOS_ID}
+
+
+def test_nodes_count_for_min_tokens():
+    a = tiny_tokenizer().encode("a")[0]
+    grammar = Grammar(kind="regex", text="a{1,9}")
+    lanes = make_lanes(join(0, dataclasses.replace(grammar), [], min_tokens=2))
+    masks_BNW, _ = lanes.fill([0], np.array([[0, a, a]]), [-1, 0, 1], budget_s=1e9)
+    assert [EOS_ID in allowed(mask_W) for mask_W in masks_BNW[0]] == [False, False, True]
+
+
+def test_a_grammar_that_gets_too_large_on_the_way_ends_its_own_request():
+    """What makes the lexer too large is built only behind an a."""
+    grammar = Grammar(kind="regex", text="(a{1000}){1000}|d{1,99}")
+    # the second lane may share the first one's lexer, whose limit is then reached
+    lanes = make_lanes(join(0, grammar, []), join(1, grammar, []))
+    a, d = (tiny_tokenizer().encode(letter)[0] for letter in "ad")
+    tree = np.array([[0, a, d], [0, d, d]])
+    for _ in range(3):
+        # on a path of the tree it harms nobody
+        masks_BNW, is_left_out_BN = lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9)
+        assert masks_BNW[:, 0].any(axis=1).all()
+    assert is_left_out_BN.tolist() == [[False, True, True], [False] * 3]
+    assert lanes.take(LaneResult(lane=0, uid=100, token_ids=[a])).finish_reason is None
+    assert lanes.take(LaneResult(lane=1, uid=101, token_ids=[d])).finish_reason is None
+    results = []
+    while not (results and results[-1].finish_reason):
+        masks_BNW, _ = lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9)
+        assert d in allowed(masks_BNW[1, 0])
+        results.append(lanes.take(LaneResult(lane=0, uid=100, token_ids=[a])))
+    assert len(results) < 20
+    assert (results[-1].token_ids, results[-1].finish_reason) == ([], FinishReason.ABORT)
