@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from medusa_core.engine.core import EngineCore
-from medusa_core.errors import EngineError, InvalidParameterError, PromptError
+from medusa_core.errors import EngineError, InvalidParameterError, PromptError, UnsupportedParameterError
 from medusa_core.outputs import FinishReason, TokenDelta
-from medusa_core.params import SamplingParams
+from medusa_core.params import Grammar, SamplingParams
 from medusa_core.plan import StepPlan
 from medusa_core.request import EngineRequest
 from tests.engine.fake import INFO, VOCAB_SIZE, FakeRunner, FakeScheduler
@@ -139,3 +139,11 @@ def test_a_tree_size_is_passed_on_and_auto_gives_the_choice_back():
         core.set_tree_size(size)
     assert forced == [1, 16, None]
     assert core.runner is runner
+
+
+def test_a_grammar_that_cannot_be_compiled_is_refused_before_the_scheduler_sees_it():
+    core, scheduler, _ = make_core()
+    with pytest.raises(UnsupportedParameterError, match="regex is not supported") as caught:
+        core.submit(make_request([1], grammar=Grammar(kind="regex", text="a", field="structured_outputs.regex")))
+    assert caught.value.param == "structured_outputs.regex"
+    assert not scheduler.open

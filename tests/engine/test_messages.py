@@ -11,7 +11,7 @@ from medusa_core.config import EngineConfig, ModelConfig, SpeculationConfig
 from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit, WireError, WorkerSpec
 from medusa_core.errors import MedusaError, ModelLoadError, RequestError
 from medusa_core.outputs import EngineStats, FinishReason, TokenDelta
-from medusa_core.params import SamplingParams
+from medusa_core.params import Grammar, SamplingParams
 from medusa_core.request import EngineRequest
 
 
@@ -55,6 +55,13 @@ def test_an_error_class_the_receiver_may_not_know_crosses_as_its_base():
                 params=SamplingParams(temperature=0.5, seed=-(2**63), max_tokens=7, stop_token_ids=(1, 2), n=3),
                 priority=-1,
                 arrival_s=1.25,
+            )
+        ),
+        Submit(
+            EngineRequest(
+                request_id="a",
+                prompt_token_ids=[1],
+                params=SamplingParams(grammar=Grammar(kind="regex", text="é\n", field="structured_outputs.regex")),
             )
         ),
         Abort("a"),

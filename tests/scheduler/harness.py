@@ -115,6 +115,13 @@ class Harness:
         assert num_rows <= self.config.max_step_rows
         assert sum(chunk.num_tokens for chunk in plan.chunks) <= self.config.max_step_tokens
         assert self.scheduler.num_running <= self.config.max_num_seqs
+        # results that have not been read may hold tokens, which a grammar must have seen
+        unseen = {lane.uid for result in self.pending for lane in result.lanes}
+        for group in plan.decode_groups:
+            for lane in group.lanes:
+                join = self.runner.lanes[lane].join
+                assert group.has_grammar == (join.params.grammar is not None)
+                assert not (group.has_grammar and join.uid in unseen)
 
     def _take(self, deltas):
         for delta in deltas:

@@ -4,7 +4,8 @@ import pytest
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, QueueFullError
 from medusa_core.outputs import FinishReason
-from medusa_core.plan import DecodeGroup
+from medusa_core.params import Grammar
+from medusa_core.plan import DecodeGroup, LaneResult
 from tests.scheduler.harness import Harness
 
 
@@ -224,6 +225,42 @@ def test_requests_without_speculation_share_the_step_at_one_row():
     harness.step()
     assert sizes(harness.step()) == {8: 1, 1: 1}
     assert harness.scheduler.stats().tree_size == 8
+
+
+GRAMMAR = Grammar(kind="regex", text="a*")
+
+
+def test_lanes_with_a_grammar_wait_for_their_results_and_others_do_not():
+    harness = Harness(max_steps_in_flight=1, tree_size=4)
+    harness.add([1, 2], max_tokens=20, grammar=GRAMMAR)
+    harness.add([3, 4], max_tokens=20)
+    harness.add([5, 6], max_tokens=20, grammar=GRAMMAR)
+    # lanes and whether they have a grammar, step by step: the prompts first
+    groups = [[(group.lanes, group.has_grammar) for group in harness.step().decode_groups] for _ in range(4)]
+    free, masked = ([1], False), ([0, 2], True)
+    assert groups == [[], [free], [free, masked], [free]]
+    harness.run()
+    harness.assert_all_as_expected()
+
+
+def test_lanes_with_a_grammar_run_in_every_step_where_none_is_in_flight():
+    harness = Harness(tree_size=4)
+    harness.add([1, 2], max_tokens=20, grammar=GRAMMAR)
+    harness.step()
+    assert harness.step().decode_groups == harness.step().decode_groups == [DecodeGroup(lanes=[0], num_nodes=4, has_grammar=True)]
+
+
+def test_a_lane_that_the_device_gives_up_is_closed():
+    harness = Harness()
+    request_id = harness.add([1, 2], max_tokens=20, grammar=GRAMMAR)
+    harness.step()
+    plan = harness.scheduler.schedule()
+    result = harness.runner.submit(plan)
+    given_up = LaneResult(lane=0, uid=result.lanes[0].uid, token_ids=[], finish_reason=FinishReason.ABORT)
+    (delta,) = harness.scheduler.update(type(result)(step_id=result.step_id, lanes=[given_up]))
+    assert (delta.request_id, delta.token_ids, delta.finish_reason) == (request_id, [], FinishReason.ABORT)
+    assert harness.step().leaves == [0]
+    harness.assert_idle()
 
 
 def test_without_heads_every_step_is_plain():

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from medusa_core.errors import ContextLengthError, QueueFullError
+from medusa_core.params import Grammar
 from tests.scheduler.harness import Harness
 
 PROMPTS = st.lists(st.integers(0, 1), min_size=1, max_size=18)
@@ -46,8 +47,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         stop=st.lists(st.integers(0, 22), max_size=3),
         is_speculation_enabled=st.booleans(),
+        grammar=st.none() | st.just(Grammar(kind="regex", text=".*")),
     )
-    def add(self, prompt, max_tokens, n, priority, stop, is_speculation_enabled):
+    def add(self, prompt, max_tokens, n, priority, stop, is_speculation_enabled, grammar):
         with contextlib.suppress(QueueFullError, ContextLengthError):
             self.harness.add(
                 prompt,
@@ -56,6 +58,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 stop_token_ids=tuple(stop),
                 is_speculation_enabled=is_speculation_enabled,
+                grammar=grammar,
             )
 
     @rule(data=st.data(), extra=st.lists(st.integers(0, 1), max_size=3))
