@@ -35,6 +35,7 @@ from medusa_core.runtime.memory import choose_num_blocks, free_memory_bytes
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.runtime.self_check import attention_reference, check_attention
 from medusa_core.sampling.logprobs import workspace_bytes as logprob_bytes
+from medusa_core.sampling.token_mask import mask_bytes
 from medusa_core.scheduler.scheduler import Scheduler
 from medusa_core.speculation.drafter import make_drafter
 from medusa_core.tree.presets import load_tree
@@ -101,6 +102,7 @@ def assemble_engine(
         # memory, and in that of their warm-up
         logits_bytes=max_rows * loaded.vocab_size * ((4 if captured else loaded.dtype.itemsize) + torch.float32.itemsize)
         + PenaltyState.num_bytes(num_lanes, loaded.project.num_tokens)
+        + mask_bytes(max_rows, loaded.project.num_tokens)
         + logprob_bytes(loaded.project.num_tokens),
         slot_bytes=slot_bytes(layer_shapes, loaded.dtype),
         max_blocks_per_lane=max_blocks,

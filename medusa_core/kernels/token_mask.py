@@ -1,6 +1,6 @@
 """Tokens that may not be drawn become -inf in the logits, in place.
 
-The reference is `medusa_core.sampling.token_mask.mask_tokens`.
+The reference is `medusa_core.sampling.token_mask.mask_tokens_`.
 
 Shapes: R rows · V vocabulary · W words of 32 tokens.
 """

@@ -24,7 +24,7 @@ from medusa_core.runtime.lanes import HostLane, LaneState
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
 from medusa_core.runtime.results import lane_result
 from medusa_core.sampling.logprobs import logprobs_of_hidden, token_logprobs
-from medusa_core.sampling.token_mask import mask_tokens
+from medusa_core.sampling.token_mask import mask_tokens_
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
 from medusa_core.speculation.lookup import lookup_tokens
@@ -210,7 +210,8 @@ class ModelRunner:
         return PathLogprobs(places, token_bL.shape[1], to_host(rows))
 
     def _allowed(self, part: _Rows, logits_BNV: Tensor) -> Tensor:
-        """The logits of what grammars allow at each node. Takes nodes that have no mask out of the tree."""
+        """The logits that may be drawn from; in place, unless someone reads the others later. Takes nodes without a mask out of the
+        tree."""
         if part.draft_BN is None:
             return logits_BNV
         # smaller trees are the first nodes of larger ones
@@ -218,8 +219,9 @@ class ModelRunner:
         bits_BNW, is_left_out_BN = self._grammars.fill(part.lanes, part.draft_BN, parents)
         if is_left_out_BN.any():
             part.tokens_BN = torch.where(self._lanes.upload(is_left_out_BN), -1, part.tokens_BN)
-        bits_RW = self._lanes.upload(bits_BNW.reshape(-1, bits_BNW.shape[2]))
-        return mask_tokens(logits_BNV.flatten(0, 1), bits_RW).view_as(logits_BNV)
+        allowed_BNV = logits_BNV.clone() if self._lanes.with_logprobs(part.lanes)[0] else logits_BNV
+        mask_tokens_(allowed_BNV.flatten(0, 1), self._lanes.upload(bits_BNW.reshape(-1, bits_BNW.shape[2])))
+        return allowed_BNV
 
     def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:
         lanes, state = part.lanes, self._lanes
