@@ -1,15 +1,18 @@
 """From a request's grammar to a matcher, which says what tokens may come next (llguidance).
 
-What a grammar may cost is bounded: the length of its text here, everything else by llguidance's own limits, which count work rather
-than time, so that a grammar is refused or not whatever else the machine does. Grammars are compiled by the thread that runs the
-steps: within the limits that takes 20 ms at most (a schema of a thousand properties), and less than one for most.
+What a grammar may cost is bounded by llguidance's own limits, and here where it has none. Both count work rather than time, so
+that a grammar is refused or not whatever else the machine does. Grammars are compiled by the thread that runs the steps: within the
+limits that takes 60 ms at most (a schema of a thousand optional properties), and less than one for most.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -19,6 +22,11 @@ from medusa_core.errors import InvalidParameterError, UnsupportedParameterError
 from medusa_core.params import Grammar
 
 MAX_GRAMMAR_CHARS = 65_536
+# llguidance follows a multiple digit by digit, with a state for each remainder: 30 ms for this number, minutes for millions.
+_MAX_MULTIPLE = 10_000
+_MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+# Rules in llama.cpp's notation: it takes the square of their number to translate them.
+_MAX_GBNF_RULES = 500
 # Compiled grammars kept for later requests, the recently used ones.
 _MAX_COMPILED = 16
 # Between tokens of JSON: as models write it, on one line or indented, but never so much that a model which does not know how to go
@@ -26,7 +34,7 @@ _MAX_COMPILED = 16
 _JSON_SPACE = r"[ \n\r\t]{0,40}"
 # Fractions of llguidance's defaults, with which a hostile regular expression takes half a second per mask. These leave a tenth.
 _LIMITS = LLParserLimits(
-    initial_lexer_fuel=400_000,
+    initial_lexer_fuel=150_000,
     step_lexer_fuel=50_000,
     step_max_items=20_000,
     max_lexer_states=50_000,
@@ -111,6 +119,7 @@ def _source(grammar: Grammar) -> str:
         )
     try:
         text.encode()  # half of a surrogate pair has no UTF-8 form
+        _check_cost(grammar)
         match grammar.kind:
             case "json_schema":
                 return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE})
@@ -122,6 +131,30 @@ def _source(grammar: Grammar) -> str:
                 return grammar_from("grammar", text)
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error), grammar) from error
+
+
+def _check_cost(grammar: Grammar) -> None:
+    """Raises ValueError."""
+    if grammar.kind == "cfg" and grammar.text.count("::=") > _MAX_GBNF_RULES:
+        raise ValueError(f"it has more than {_MAX_GBNF_RULES} rules; translate it to Lark's notation")
+    if grammar.kind in ("cfg", "json_schema"):
+        # a grammar may hold a schema; either may spell letters of a key as escapes
+        text = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda match: chr(int(match[1], 16)), grammar.text)
+        multiples = [Decimal(value) for value in set(_MULTIPLE.findall(text))]
+        if any(not 0 < multiple < 1e9 or _num_decimals(multiple) > 9 for multiple in multiples):
+            raise ValueError("multipleOf should be a number between 1e-9 and 1e9, of at most nine decimals")
+        # Several may apply to one number. Powers of ten only shift it.
+        common = math.lcm(*(int(multiple.scaleb(9)) for multiple in multiples))
+        while common % 10 == 0:
+            common //= 10
+        if common > _MAX_MULTIPLE:
+            raise ValueError(f"the least common multiple of all multipleOf, without zeros at its end, is beyond {_MAX_MULTIPLE}")
+
+
+def _num_decimals(value: Decimal) -> int:
+    exponent = value.normalize().as_tuple().exponent
+    assert isinstance(exponent, int)  # text would stand for NaN or infinity
+    return max(-exponent, 0)
 
 
 def _checked_choices(text: str) -> str:

@@ -37,6 +37,8 @@ def schema(value: object) -> Grammar:
     ("grammar", "texts", "others"),
     [
         (schema(OBJECT), ['{"a": 1, "b": "x"}', '{"a":1,"b":""}'], ['{"b": "x", "a": 1}', '{"a": "1", "b": "x"}', '{"a": 1}', "5"]),
+        (schema({"type": "number", "multipleOf": 0.25}), ["1.75", "3", "-0.50"], ["1.3", "0.2"]),
+        (schema({"anyOf": [{"type": "integer", "multipleOf": 60}, {"multipleOf": 0.7}]}), ["120", "1.4"], ["61", "0.3"]),
         (schema({"type": "object"}), ["{}", '{"x": [1, {"y": null}]}'], ["[]", "", '"x"']),
         (schema(NODE), ["{}", '{"next": {"next": {}}}'], ['{"next": 1}']),
         (Grammar(kind="regex", text=r"\d{3}-[a-c]+|é?"), ["123-abc", "é", ""], ["12-a", "x", "123-"]),
@@ -84,6 +86,13 @@ def test_space_in_json_is_free_but_not_endless(compiler):
         schema({"enum": ["x" * MAX_GRAMMAR_CHARS]}),
         schema({"allOf": [{"type": "string", "pattern": f"^({letter}.*){{1,30}}$"} for letter in "ab"]}),
         Grammar(kind="regex", text="(" * 9000 + ")" * 9000, field="the field"),
+        # without limits of our own these would take minutes, or all the memory there is
+        schema({"type": "integer", "multipleOf": 999_983}),
+        schema({"type": "number", "multipleOf": 1e300}),
+        schema({"allOf": [{"type": "number", "multipleOf": 9973}, {"multipleOf": 0.9967}]}),
+        schema({"multipleOf": 0}),
+        Grammar(kind="cfg", text='start: %json {"multiple\\u004ff": 999983}', field="the field"),
+        Grammar(kind="cfg", text="\n".join(f'r{i} ::= r{i + 1} "x"' for i in range(600)), field="the field"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_field(compiler, grammar):

@@ -177,6 +177,8 @@ async def test_a_failure_in_the_middle_is_told_in_events(make_http):
         ({"tool_choice": {"type": "function", "name": "weather"}}, "invalid_value", "tool_choice"),
         ({"temperature": 3}, "invalid_value", "temperature"),
         ({"top_logprobs": 21}, "invalid_value", "top_logprobs"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "invalid_value", "text.format"),
+        ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "invalid_value", "text.format"),
         ({"messages": []}, "unknown_parameter", "messages"),
         ({"model": "other"}, "model_not_found", "model"),
     ],
@@ -187,6 +189,15 @@ async def test_wrong_fields_are_named(make_http, fields, code, param):
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert (error["code"], error["param"]) == (code, param)
+
+
+async def test_the_format_of_the_text_is_a_grammar(make_http):
+    client = FakeClient()
+    given = {"type": "json_schema", "name": "thing", "schema": {"type": "integer"}, "strict": True}
+    body = (await post(await make_http(client), text={"format": given})).json()
+    grammar = client.requests[0].params.grammar
+    assert (grammar.kind, json.loads(grammar.text)) == ("json_schema", {"type": "integer"})
+    assert body["text"] == {"format": given}
 
 
 async def test_the_sdk_reads_answers_strictly(make_sdk):
