@@ -150,12 +150,12 @@ def test_the_same_tokens_with_speculation(variant, plain, model):
 
 def test_kernels_give_the_same_tokens(plain, model):
     """Where there is a GPU, captured when they are first needed: masks arrive in the middle of a step."""
-    names = ["regex, greedy", "schema, sampled", "free, sampled"]
+    names = ["regex, greedy", "schema, sampled", "free, sampled", "speculation off for one"]
     numbers = [NAMES.index(name) for name in names]
-    requests = [(prompts()[number], dataclasses.replace(PARAMETERS[NAMES[number]], max_tokens=10)) for number in numbers]
+    requests = [(prompts()[number], dataclasses.replace(PARAMETERS[NAMES[number]], max_tokens=6)) for number in numbers]
     heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in numbers])
     core = make_engine(model, heads, mode="captured", max_num_seqs=2, max_step_rows=16, tree_size=8, max_step_tokens=64)
     outputs = run(core, requests, arrive_every=1)
     for place, number in enumerate(numbers):
-        assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:10], NAMES[number]
-    assert all(output.num_accepted > 0 for output in outputs.values())
+        assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:6], NAMES[number]
+    assert [outputs[place, 0].num_accepted > 0 for place in range(len(names))] == [True, True, True, False]
