@@ -59,6 +59,7 @@ PARAMETERS = {
 VARIANTS = {
     "tree of 16": {},
     "tree of 48, one step in flight": {"tree_size": 48, "max_steps_in_flight": 1},
+    "heads alone, without prompt lookup": {"tree_size": 32, "prompt_lookup": False, "max_steps_in_flight": 1},
     "small chunks, no prefix cache": {"max_step_tokens": 5, "enable_prefix_cache": False},
     "one lane": {"max_num_seqs": 1},
     "preemption": {"num_blocks": 24, "max_model_len": 120, "tree_size": 8, "max_steps_in_flight": 1},
