@@ -230,9 +230,7 @@ class DecodeStep:
     def finish(self, rows: TreeRows, hidden_TE: Tensor, bits_TW: Tensor | None = None) -> None:
         """Draw, walk, commit. bits_TW: see `StepParts.draw`."""
         parts, tree = self._parts, self.tree
-        drawn_T = parts.draw(
-            hidden_TE, rows.lane_T, rows.token_T, rows.index_T, tree, is_greedy=self._is_greedy, bits_TW=bits_TW
-        )
+        drawn_T = parts.draw(hidden_TE, rows.lane_T, rows.token_T, rows.index_T, tree, is_greedy=self._is_greedy, bits_TW=bits_TW)
         source_BL, target_BL = parts.walk(self.lane_B, drawn_T, rows.token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
