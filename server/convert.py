@@ -19,7 +19,7 @@ from server.protocol.completions import CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
 from server.structured import output_grammar
-from server.tools import offered_tools, template_tools
+from server.tools import chat_grammar, offered_tools, template_tools
 
 # Lanes one HTTP request may ask for: n times its prompts.
 MAX_CHOICES = 128
@@ -45,13 +45,14 @@ def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str,
     _check_common(body)
     _check_best_of(body)
     prompts = _fill_prompts(body, body.suffix, model) if body.suffix else _completion_prompts(body.prompt, model)
-    return _job(body, prompts, model, request_id, arrival_s)
+    return _job(body, prompts, output_grammar(body), model, request_id, arrival_s)
 
 
 def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
     """Render the messages of a chat completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
-    return _job(body, [_render(body.messages, body, model, offered_tools(body, model))], model, request_id, arrival_s)
+    prompt = _render(body.messages, body, model, offered_tools(body, model))
+    return _job(body, [prompt], chat_grammar(body, model), model, request_id, arrival_s)
 
 
 def tokenized(body: TokenizeBody, model: ServedModel) -> Tokenized:
@@ -109,7 +110,8 @@ def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[
         stop_token_ids=ids if body.ignore_eos else ids | frozenset(model.info.eos_token_ids),
         prompt_token_ids=prompt_token_ids if is_continuation else (),
         tool_format=model.tool_format if tools else None,
-        offered_tools=[tool.function.name for tool in tools],
+        # An object that response_format asks for is no call, whatever is in it: the grammar gives calls their markers.
+        offered_tools=[tool.function.name for tool in tools if body.response_format is None],
         is_single_call=isinstance(body, ChatBody) and body.parallel_tool_calls is False,
     )
 
@@ -193,12 +195,18 @@ def _short(value: int) -> str:
     return str(value) if value.bit_length() <= 128 else "of more than 128 bits"
 
 
-def _job(body: GenerationBody, prompts: list[list[int]], model: ServedModel, request_id: str, arrival_s: float) -> Job:
+def _job(
+    body: GenerationBody,
+    prompts: list[list[int]],
+    grammar: Grammar | None,
+    model: ServedModel,
+    request_id: str,
+    arrival_s: float,
+) -> Job:
     n = 1 if body.n is None else body.n
     if len(prompts) * n > MAX_CHOICES:
         message = f"n times the number of prompts must be at most {MAX_CHOICES}, got {n} x {len(prompts)}."
         raise InvalidParameterError(message, param="n")
-    grammar = output_grammar(body)
     requests = [
         EngineRequest(
             request_id=f"{request_id}-{index}",

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from medusa_core.errors import InvalidParameterError, UnsupportedParameterError
+from medusa_core.grammar.compiler import check_grammar
+from medusa_core.params import Grammar
+from medusa_core.text.tool_calls import ToolFunction
 from server.protocol.chat import ChatBody
 from server.protocol.tools import Tool
 from server.serving import ServedModel
+from server.structured import output_grammar
+
+_NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
 
 def offered_tools(body: ChatBody, model: ServedModel) -> list[dict[str, Any]] | None:
@@ -30,19 +37,56 @@ def template_tools(tools: list[Tool] | None, model: ServedModel) -> list[dict[st
 
 
 def _check_choice(body: ChatBody) -> None:
-    """The choice against the tools. Where a call is demanded, only a grammar can promise one."""
+    """The choice against the tools."""
     choice = body.tool_choice
     if choice in (None, "none", "auto"):
         return
     names = [tool.function.name for tool in body.tools or ()]
     if not names:
         raise InvalidParameterError("tool_choice demands a call, but there are no tools.", param="tool_choice")
-    if isinstance(choice, dict) and (name := choice["function"]["name"]) not in names:
+    if isinstance(choice, dict) and (name := _name(choice)) not in names:
         raise InvalidParameterError(f"tool_choice names {name[:64]!r}, which is not among the tools.", param="tool_choice")
-    raise UnsupportedParameterError(
-        'tool_choice: a call cannot be enforced yet; use "auto" or "none".',
-        param="tool_choice",
-    )
+
+
+def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
+    """What the answer must be a text of, as far as tools and the fields about its form say so. Raises RequestError.
+
+    Where a call is demanded, the answer is calls, and has no content that response_format could be about. Where the model is free
+    to call, the answer is calls or what response_format asks for.
+    """
+    form = output_grammar(body)
+    if not body.has_callable_tools or model.tool_format is None or (form is None and body.has_free_choice):
+        return form
+    if body.structured_outputs is not None:
+        raise InvalidParameterError(
+            "structured_outputs says what form the whole output has, which leaves no room for calls; leave it or tools out.",
+            param="structured_outputs",
+        )
+    choice = body.tool_choice
+    functions = [
+        _function(tool) for tool in body.tools or () if not isinstance(choice, dict) or tool.function.name == _name(choice)
+    ]
+    try:
+        text = model.tool_format.grammar(
+            functions,
+            is_single=body.parallel_tool_calls is False or isinstance(choice, dict),
+            has_marker_tokens=len(model.text.encode(model.tool_format.marker, add_special_tokens=False)) == 1,
+            answer_schema=json.loads(form.text) if form is not None and body.has_free_choice else None,
+        )
+    except RecursionError as error:
+        raise InvalidParameterError("Parameters of tools are nested too deeply.", param="tools") from error
+    grammar = Grammar(kind="cfg", text=text, field="tools")
+    check_grammar(grammar)
+    return grammar
+
+
+def _name(choice: dict[str, Any]) -> str:
+    return str(choice["function"]["name"])
+
+
+def _function(tool: Tool) -> ToolFunction:
+    parameters = tool.function.parameters
+    return ToolFunction(name=tool.function.name, parameters=_NO_PARAMETERS if parameters is None else parameters)
 
 
 def _for_template(tool: Tool) -> dict[str, Any]:

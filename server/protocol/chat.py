@@ -121,6 +121,11 @@ class ChatBody(GenerationBody):
         return bool(self.tools) and self.tool_choice != "none"
 
     @property
+    def has_free_choice(self) -> bool:
+        """Whether calls are the model's own decision."""
+        return self.tool_choice in (None, "auto")
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 

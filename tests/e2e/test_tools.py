@@ -43,3 +43,40 @@ def test_a_streamed_call_is_the_whole_one(server: Server):
     calls = [[(call.function.name, call.function.arguments) for call in one.message.tool_calls] for one in (whole, streamed)]
     assert calls[0] == calls[1]
     assert streamed.finish_reason == whole.finish_reason == "tool_calls"
+
+
+TIME = {
+    "type": "function",
+    "function": {
+        "name": "get_time",
+        "parameters": {
+            "type": "object",
+            "properties": {"zone": {"enum": ["UTC", "CET"]}, "seconds": {"type": "boolean"}},
+            "required": ["zone", "seconds"],
+            "additionalProperties": False,
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_call_by_name_is_enforced_whatever_the_question(server: Server, enabled: bool):
+    options = {**OPTIONS, "tools": [WEATHER, TIME], "extra_body": {"speculative": {"enabled": enabled}}}
+    choice = {"type": "function", "function": {"name": "get_time"}}
+    answer = server.sdk().chat.completions.create(messages=[QUESTION], tool_choice=choice, **options).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("tool_calls", None)
+    (call,) = answer.message.tool_calls
+    arguments = json.loads(call.function.arguments)
+    assert (call.function.name, arguments.keys()) == ("get_time", {"zone", "seconds"})
+    assert arguments["zone"] in ("UTC", "CET")
+
+
+def test_some_call_is_enforced_when_sampled(server: Server):
+    question = {"role": "user", "content": "Tell me a joke about cats."}
+    options = {**OPTIONS, "tools": [WEATHER, TIME], "temperature": 1.0, "seed": 5, "n": 3, "parallel_tool_calls": False}
+    answer = server.sdk().chat.completions.create(messages=[question], tool_choice="required", **options)
+    for choice in answer.choices:
+        assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        (call,) = choice.message.tool_calls
+        assert call.function.name in ("get_current_weather", "get_time")
+        assert isinstance(json.loads(call.function.arguments), dict)

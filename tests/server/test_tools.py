@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 
+import llguidance
 import openai
 import pytest
 from pydantic import BaseModel
@@ -190,10 +191,80 @@ async def test_wrong_tools_name_the_place(make_http, extra, param, mention):
     assert len(error["message"]) < 500
 
 
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "now"}}])
-async def test_calls_cannot_be_enforced_yet(make_http, choice):
-    error = await chat_error(await make_http(), tools=TOOLS, tool_choice=choice)
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "tool_choice")
+BY_NAME = {"type": "function", "function": {"name": "now"}}
+NOW_CALL = '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+JSON = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "required": ["name"]}}}
+
+
+def takes(grammar, text):
+    """Whether an answer may be this text, by tokens of one byte each."""
+    tokens = [bytes([value]) for value in range(1, 128)] + [b"<eos>"]
+    vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(ByteTokens(tokens)))
+    matcher = llguidance.LLMatcher(vocabulary, llguidance.grammar_from("grammar", grammar.text))
+    assert not matcher.get_error()
+    return matcher.try_consume_tokens([ord(character) - 1 for character in text]) == len(text) and matcher.is_accepting()
+
+
+class ByteTokens:
+    """A vocabulary as llguidance wants it described."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+        self.special_token_ids = [self.eos_token_id]
+        self.bos_token_id = None
+
+    @property
+    def eos_token_id(self):
+        return len(self.tokens) - 1
+
+    def __call__(self, text):
+        return [value - 1 for value in (text if isinstance(text, bytes) else text.encode())]
+
+
+@pytest.mark.parametrize(
+    ("extra", "taken"),
+    [
+        ({"tool_choice": "required"}, [ROME, NOW_CALL, f"{ROME}\n{NOW_CALL}"]),
+        ({"tool_choice": "required", "parallel_tool_calls": False}, [ROME, NOW_CALL]),
+        ({"tool_choice": BY_NAME}, [NOW_CALL]),
+        ({"tool_choice": "required", "response_format": JSON}, [ROME, NOW_CALL, f"{ROME}\n{NOW_CALL}"]),
+        ({"response_format": JSON}, [ROME, NOW_CALL, f"{ROME}\n{NOW_CALL}", '{"name": "now"}']),
+        ({"response_format": {"type": "json_object"}}, [ROME, NOW_CALL, f"{ROME}\n{NOW_CALL}", "{}", '{"name": "now"}']),
+        ({"response_format": JSON, "parallel_tool_calls": False}, [ROME, NOW_CALL, '{"name": "now"}']),
+    ],
+)
+async def test_calls_are_enforced_by_a_grammar(make_http, extra, taken):
+    client = saying(ROME)
+    answer = (await post(await make_http(client), tools=TOOLS, **extra)).json()
+    assert answer["choices"][0]["finish_reason"] == "tool_calls"
+    grammar = client.requests[0].params.grammar
+    wrong = ["", "Hello", ROME.replace("city", "town"), NOW_CALL.replace("{}", '{"a": 1}')]
+    texts = [ROME, NOW_CALL, f"{ROME}\n{NOW_CALL}", "{}", '{"name": "now"}', *wrong]
+    assert [text for text in texts if takes(grammar, text)] == taken
+
+
+async def test_a_free_choice_needs_no_grammar(make_http):
+    client = saying(ROME)
+    http = await make_http(client)
+    for extra in ({}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"response_format": {"type": "text"}}):
+        assert (await post(http, tools=TOOLS, **extra)).status_code == 200
+    assert [request.params.grammar for request in client.requests] == [None] * 4
+
+
+async def test_an_answer_that_response_format_asks_for_is_no_call(make_http):
+    text = '{"name": "now", "arguments": {}}'
+    http = await make_http(saying(text))
+    assert (await post(http, tools=TOOLS, response_format=JSON)).json()["choices"][0]["message"]["content"] == text
+    assert (await post(http, tools=TOOLS)).json()["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_grammars_that_cannot_be_are_refused(make_http):
+    http = await make_http()
+    wrong = function(parameters={"type": "object", "properties": {"a": {"type": "strin"}}})
+    error = await chat_error(http, tools=wrong, tool_choice="required")
+    assert (error["code"], error["param"]) == ("invalid_value", "tools")
+    error = await chat_error(http, tools=TOOLS, structured_outputs={"regex": "a"})
+    assert (error["code"], error["param"]) == ("invalid_value", "structured_outputs")
 
 
 async def test_a_server_that_reads_no_calls_takes_no_tools(make_http):
