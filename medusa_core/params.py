@@ -53,6 +53,7 @@ class SamplingParams:
         looks at probabilities before top_k, top_p and min_p, so it cannot be combined with them.
     grammar: only tokens that continue a text of it can be drawn, and EOS only at the end of one. Then `min_tokens` holds back the
         end only where the grammar has another way to go on, and EOS cannot be ignored.
+    max_nodes: most nodes of this request's trees, root included; None leaves it to the engine. It never changes the tokens.
     is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
     """
 
@@ -74,6 +75,7 @@ class SamplingParams:
     n: int = 1
     typical_acceptance: tuple[float, float] | None = None
     grammar: Grammar | None = None
+    max_nodes: int | None = None
     is_speculation_enabled: bool = True
 
     def __post_init__(self) -> None:
@@ -99,6 +101,7 @@ class SamplingParams:
         for name in ("num_logprobs", "num_prompt_logprobs"):
             count = getattr(self, name)
             self._check(name, count is None or 0 <= count <= MAX_LOGPROBS, f"between 0 and {MAX_LOGPROBS}")
+        self._check("max_nodes", self.max_nodes is None or self.max_nodes >= 1, "at least 1")
         if self.typical_acceptance is not None:
             self._check("typical_acceptance", all(0.0 < value <= 1.0 for value in self.typical_acceptance), "above 0 and at most 1")
             filters = [name for name, off in (("top_k", 0), ("top_p", 1.0), ("min_p", 0.0)) if getattr(self, name) != off]

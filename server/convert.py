@@ -270,11 +270,15 @@ def _speculation(speculative: Speculative) -> dict[str, Any]:
             if getattr(speculative, name) is not None:
                 message = f'speculative.{name} is for acceptance "typical"; leave it out.'
                 raise InvalidParameterError(message, param=f"speculative.{name}")
-        return {"is_speculation_enabled": speculative.enabled}
+        return {"is_speculation_enabled": speculative.enabled, "max_nodes": speculative.max_nodes}
     epsilon = DEFAULT_EPSILON if speculative.epsilon is None else speculative.epsilon
     for name, value in (("epsilon", epsilon), ("delta", speculative.delta)):
         if value is not None and not 0.0 < value <= 1.0:
             message = f"speculative.{name} must be above 0 and at most 1, got {value}."
             raise InvalidParameterError(message, param=f"speculative.{name}")
     delta = math.sqrt(epsilon) if speculative.delta is None else speculative.delta
-    return {"is_speculation_enabled": speculative.enabled, "typical_acceptance": (epsilon, delta)}
+    return {
+        "is_speculation_enabled": speculative.enabled,
+        "max_nodes": speculative.max_nodes,
+        "typical_acceptance": (epsilon, delta),
+    }

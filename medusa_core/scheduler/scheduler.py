@@ -199,7 +199,7 @@ class Scheduler:
         """
         growing = []
         for request in requests:
-            num_slots = request.max_known_tokens - 1 + (tree_size if self._can_draft(request) else 1)
+            num_slots = request.max_known_tokens - 1 + self._size_for(request, tree_size)
             if num_slots > self._cache.num_slots(request):
                 growing.append((request, num_slots))
         return growing
@@ -212,7 +212,7 @@ class Scheduler:
         """Lanes with a grammar come last: what the others do is under way when the runner turns to their masks."""
         lanes_by_kind: dict[tuple[bool, int], list[int]] = {}
         for request in requests:
-            size = tree_size if self._can_draft(request) else 1
+            size = self._size_for(request, tree_size)
             lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
             step.add_draw(request, min(self._max_depth, size - 1) + 1)
         return [
@@ -233,6 +233,15 @@ class Scheduler:
 
     def _can_draft(self, request: Request) -> bool:
         return self._max_depth > 0 and request.params.is_speculation_enabled
+
+    def _size_for(self, request: Request, tree_size: int) -> int:
+        """Nodes of the request's own tree in a step of `tree_size`: fewer if it asked for fewer."""
+        if not self._can_draft(request):
+            return 1
+        most = request.params.max_nodes
+        if most is None or most >= tree_size:
+            return tree_size
+        return max(size for size in self._controller.sizes if size <= most)
 
     def _preempt(self, request: Request) -> None:
         """Back to the queue without blocks. Its prompt and output will be computed again, except what is still cached."""

@@ -97,10 +97,11 @@ class Speculative(Body):
     """Our own extension: `{"enabled": false}` decodes one token per step. The tokens are the same either way.
 
     Unless acceptance is "typical": then drafts are kept that the model could well have said, by the paper's epsilon (0.09 unless
-    given) and delta (its square root).
+    given) and delta (its square root). max_nodes: of a step's tree, the root included.
     """
 
     enabled: bool = True
+    max_nodes: NumTokens | None = None
     acceptance: Literal["exact", "typical"] = "exact"
     epsilon: float | None = None
     delta: float | None = None

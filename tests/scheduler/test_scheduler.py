@@ -218,6 +218,17 @@ def test_the_row_budget_limits_the_tree():
     assert sizes(harness.step()) == {4: 3}
 
 
+def test_a_request_gets_no_larger_tree_than_it_asks_for():
+    harness = Harness()
+    harness.add([1, 2], max_tokens=20)
+    harness.add([3, 4], max_tokens=20, max_nodes=5)
+    harness.add([5, 6], max_tokens=20, max_nodes=1)
+    harness.step()
+    assert sizes(harness.step()) == {8: 1, 4: 1, 1: 1}
+    harness.run()
+    harness.assert_all_as_expected()
+
+
 def test_requests_without_speculation_share_the_step_at_one_row():
     harness = Harness()
     harness.add([1, 2], max_tokens=20)

@@ -47,9 +47,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         priority=st.integers(0, 2),
         stop=st.lists(st.integers(0, 22), max_size=3),
         is_speculation_enabled=st.booleans(),
+        max_nodes=st.sampled_from([None, None, 1, 3, 100]),
         grammar=st.none() | st.just(Grammar(kind="regex", text=".*")),
     )
-    def add(self, prompt, max_tokens, n, priority, stop, is_speculation_enabled, grammar):
+    def add(self, prompt, max_tokens, n, priority, stop, is_speculation_enabled, max_nodes, grammar):
         with contextlib.suppress(QueueFullError, ContextLengthError):
             self.harness.add(
                 prompt,
@@ -58,6 +59,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 priority=priority,
                 stop_token_ids=tuple(stop),
                 is_speculation_enabled=is_speculation_enabled,
+                max_nodes=max_nodes,
                 grammar=grammar,
             )
 

@@ -322,6 +322,7 @@ async def test_wrong_values_of_chats_name_their_field(make_http, fields, param):
     [
         ({"speculative": {"acceptance": "loose"}}, "speculative.acceptance"),
         ({"speculative": {"epsilon": 0.1}}, "speculative.epsilon"),
+        ({"speculative": {"max_nodes": 0}}, "speculative.max_nodes"),
         ({"speculative": {"acceptance": "typical", "epsilon": 0}}, "speculative.epsilon"),
         ({"speculative": {"acceptance": "typical", "delta": 1.5}}, "speculative.delta"),
         ({"speculative": {"acceptance": "typical"}, "top_p": 0.9}, "top_p"),
