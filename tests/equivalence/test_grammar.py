@@ -160,3 +160,17 @@ def test_kernels_give_the_same_tokens(plain, model):
     for place, number in enumerate(numbers):
         assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:6], NAMES[number]
     assert [outputs[place, 0].num_accepted > 0 for place in range(len(names))] == [True, True, True, False]
+
+
+@pytest.mark.parametrize("mode", ["eager", "captured"])
+def test_typical_acceptance_takes_no_draft_that_the_grammar_forbids(mode, plain, model):
+    """The drafts are those of other texts, so many are forbidden where they stand."""
+    params = SamplingParams(temperature=1.0, seed=1, max_tokens=30, grammar=GRAMMARS["regex"], typical_acceptance=(1e-6, 1.0))
+    requests = [(prompts()[number], dataclasses.replace(params, seed=number)) for number in range(2)]
+    heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in range(2)])
+    core = make_engine(model, heads, mode=mode, max_num_seqs=2, max_step_rows=32, tree_size=16, max_step_tokens=64)
+    outputs = run(core, requests)
+    assert sum(output.num_accepted for output in outputs.values()) > 0
+    for output in outputs.values():
+        assert output.finish_reason is FinishReason.STOP
+        check_text("regex", text_of(output))
