@@ -49,11 +49,18 @@ class Detokenizer:
         self._context: list[int] = []
         self._pending: list[int] = []
         self._num_shown = 0
-        self._set_context(list(prompt_token_ids[-_MAX_PENDING_TOKENS:]))
+        self._set_context(self._end_of(prompt_token_ids))
         if not self._byte_values and self._decode(self._context).endswith(_REPLACEMENT):
             # The prompt ends inside a character, which the output completes.
             self._num_shown -= 1
             self._is_inside_character = True
+
+    def _end_of(self, prompt_token_ids: Sequence[int]) -> list[int]:
+        """The last tokens of a prompt, as many as it takes to hold some of its text."""
+        num_tokens = _MAX_PENDING_TOKENS
+        while num_tokens < len(prompt_token_ids) and not self._decode(prompt_token_ids[-num_tokens:]):
+            num_tokens *= 2
+        return list(prompt_token_ids[-num_tokens:])
 
     def push(self, token_id: int) -> str:
         """The text that is certain with this token; often empty or more than the token's own."""

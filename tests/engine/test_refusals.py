@@ -21,12 +21,12 @@ def test_a_tree_without_heads_is_refused_before_the_model_is_looked_for():
         build_engine(config(tree="chain-3"), progress=False)
 
 
-def test_a_tree_size_without_heads_is_refused_too():
+def test_a_tree_size_without_heads_and_lookup_is_refused_too():
     with pytest.raises(ConfigError, match='tree_size is 8, but heads is "none"'):
-        build_engine(config(tree_size=8), progress=False)
+        build_engine(config(tree_size=8, prompt_lookup=False), progress=False)
 
 
-@pytest.mark.parametrize("options", [{}, {"tree_size": 1}, {"enabled": False, "tree": "chain-3", "tree_size": 4}])
+@pytest.mark.parametrize("options", [{}, {"tree_size": 1}, {"tree_size": 8}, {"enabled": False, "tree": "chain-3", "tree_size": 4}])
 def test_plain_decoding_needs_no_heads(options):
     with pytest.raises(ModelLoadError, match="/nowhere"):
         build_engine(config(**options), progress=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from medusa_core.text.detokenizer import Detokenizer
@@ -51,6 +51,7 @@ def test_no_delta_of_a_valid_text_holds_part_of_a_character(byte_level, byte_fal
 
 
 @given(prompt=TEXTS, text=TEXTS, cut=st.integers(0, 40))
+@example(prompt="a" * 19, text="a" * 10 + "." * 8 + " ", cut=39)  # a prompt that ends in unknown tokens, which have no text
 def test_an_output_that_continues_a_prompt_reads_on_from_it(any_tokenizer, prompt, text, cut):
     ids = any_tokenizer.encode(prompt + text)
     prompt_ids, output_ids = ids[:cut], ids[cut:]
