@@ -9,8 +9,6 @@ from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
 from fastapi import FastAPI, Request
 from fastapi.middleware.cors import CORSMiddleware
-from pydantic import BaseModel
-from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
@@ -18,12 +16,9 @@ from starlette.responses import Response
 from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
+from server import openapi
 from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
 from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
-from server.protocol.chat import ChatBody
-from server.protocol.completions import CompletionBody
-from server.protocol.responses import ResponsesBody
-from server.protocol.tokenization import DetokenizeBody, TokenizeBody
 from server.routes import chat, completions, health, metrics, models, responses, tokenization
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
@@ -48,12 +43,18 @@ def create_app(
     on_load_end: called with the finished task of the first load, whose exception tells why it failed.
     """
     serving = Serving(client, load_text, settings)
-    app = FastAPI(title="medusa-server", version=__version__, lifespan=_lifespan(serving, on_load_end))
+    app = FastAPI(
+        title="medusa-server",
+        version=__version__,
+        lifespan=_lifespan(serving, on_load_end),
+        generate_unique_id_function=lambda route: route.name,
+    )
     app.state.serving = serving
     for module in (completions, chat, responses, models, tokenization, health, metrics):
         app.include_router(module.router)
     _add_error_handlers(app)
-    _add_body_schemas(app)
+    # FastAPI caches the document that this completes.
+    openapi.complete(app.openapi(), settings)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     if settings.api_key:
@@ -77,25 +78,6 @@ def _lifespan(serving: Serving, on_load_end: LoadCallback) -> Callable[[FastAPI]
             await serving.close()
 
     return lifespan
-
-
-def _add_body_schemas(app: FastAPI) -> None:
-    """Routes parse bodies themselves, so /docs learns their schemas here. FastAPI caches the document that this changes."""
-    bodies: dict[str, type[BaseModel]] = {
-        "/v1/completions": CompletionBody,
-        "/v1/chat/completions": ChatBody,
-        "/v1/responses": ResponsesBody,
-        "/tokenize": TokenizeBody,
-        "/detokenize": DetokenizeBody,
-    }
-    references, document = models_json_schema(
-        [(body, "validation") for body in bodies.values()], ref_template="#/components/schemas/{model}"
-    )
-    openapi = app.openapi()
-    openapi.setdefault("components", {}).setdefault("schemas", {}).update(document["$defs"])
-    for path, body in bodies.items():
-        content = {"application/json": {"schema": references[body, "validation"]}}
-        openapi["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -33,7 +33,7 @@ _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Asked every few seconds by machines; logged at debug level so that the log shows people's requests.
 _POLLED_ROUTES = frozenset({"/health", "/ready", "/metrics"})
 # the second begins /tokenizer_info too
-_GUARDED = ("/v1", "/tokenize", "/detokenize")
+GUARDED_PATHS = ("/v1", "/tokenize", "/detokenize")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # A client that is still sending cannot read an answer, so a body that is refused is read to its end; up to this many bytes.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
@@ -107,7 +107,7 @@ class APIKeyMiddleware:
         self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(_GUARDED) and not self._is_allowed(Headers(scope=scope)):
+        if scope["type"] == "http" and scope["path"].startswith(GUARDED_PATHS) and not self._is_allowed(Headers(scope=scope)):
             error = InvalidAPIKeyError("The API key is missing or wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
             await error_response(error)(scope, receive, send)
             return

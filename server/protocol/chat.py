@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.protocol.common import (
     Body,
     GenerationBody,
-    Int32,
+    Logprobs,
     NumTokens,
     OptionalIds,
     OptionalMetrics,
@@ -37,7 +37,20 @@ def _check_content(value: object) -> object:
     return value
 
 
-Content = Annotated[Any, BeforeValidator(_check_content)]
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+_CONTENT_SCHEMAS = [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]
+
+Content = Annotated[Any, BeforeValidator(_check_content), WithJsonSchema({"anyOf": _CONTENT_SCHEMAS})]
+OptionalContent = Annotated[
+    Any,
+    BeforeValidator(lambda value: None if value is None else _check_content(value)),
+    WithJsonSchema({"anyOf": [*_CONTENT_SCHEMAS, {"type": "null"}]}),
+]
 
 
 class SystemMessage(Body):
@@ -65,7 +78,7 @@ class PastToolCall(Body):
 
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: Annotated[Any, BeforeValidator(lambda value: None if value is None else _check_content(value))] = None
+    content: OptionalContent = None
     name: str | None = None
     refusal: str | None = None
     tool_calls: Annotated[list[PastToolCall], Field(fail_fast=True)] | None = None
@@ -90,7 +103,7 @@ class ChatBody(GenerationBody):
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     logprobs: bool | None = None
-    top_logprobs: Int32 | None = None
+    top_logprobs: Logprobs | None = None
     tools: Tools | None = None
     tool_choice: ToolChoice = None
     # False: the answer ends with its first call.
@@ -154,7 +167,7 @@ class ChatMessage(msgspec.Struct):
     """content: null where there are only tool calls."""
 
     content: str | None
-    role: str = "assistant"
+    role: Literal["assistant"] = "assistant"
     refusal: None = None
     tool_calls: list[ToolCall] | msgspec.UnsetType = msgspec.UNSET
 
@@ -169,7 +182,7 @@ class ChatChoice(msgspec.Struct):
 
 class ChatCompletion(msgspec.Struct, kw_only=True):
     id: str
-    object: str = "chat.completion"
+    object: Literal["chat.completion"] = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
@@ -180,7 +193,7 @@ class ChatCompletion(msgspec.Struct, kw_only=True):
 
 
 class ChatDelta(msgspec.Struct, omit_defaults=True):
-    role: str | None = None
+    role: Literal["assistant"] | None = None
     content: str | None = None
     tool_calls: list[ToolCallDelta] | None = None
 
@@ -195,7 +208,7 @@ class ChatChunkChoice(msgspec.Struct):
 
 class ChatChunk(msgspec.Struct, kw_only=True):
     id: str
-    object: str = "chat.completion.chunk"
+    object: Literal["chat.completion.chunk"] = "chat.completion.chunk"
     created: int
     model: str
     choices: list[ChatChunkChoice]

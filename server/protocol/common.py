@@ -8,11 +8,14 @@ this version does not are declared with `only(...)`, which lets their neutral va
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core import PydanticCustomError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
+from pydantic_core import CoreSchema, PydanticCustomError, core_schema
+
+from medusa_core.params import MAX_LOGPROBS
 
 MAX_STOP_STRINGS = 4
 # Longer than any token id, short enough to be an int32.
@@ -24,16 +27,49 @@ Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 NumTokens = Annotated[int, Field(ge=1, lt=2**31)]
 
 
-def only(*neutral: object) -> AfterValidator:
-    """Marks a field that is known but not supported yet: only the `neutral` values, which ask for nothing, pass."""
+@dataclass(frozen=True, eq=False, slots=True)
+class Described:
+    """Keywords of JSON Schema for a value that something else than its type checks: `SamplingParams`, or a function here. They are
+    read by the OpenAPI document alone, and a test holds them against what is refused."""
 
-    def check(value: object) -> object:
+    keywords: dict[str, Any]
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {**handler(schema), **self.keywords}
+
+
+def ranged(minimum: float, maximum: float) -> Described:
+    """Both included."""
+    return Described({"minimum": minimum, "maximum": maximum})
+
+
+TokenId = Annotated[Int64, Described({"minimum": 0})]
+# As many choices as one request may ask for.
+Choices = Annotated[Int32, ranged(1, 128)]
+Logprobs = Annotated[Int32, ranged(0, MAX_LOGPROBS)]
+Penalty = Annotated[float, ranged(-2, 2)]
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class _Only:
+    neutral: tuple[object, ...]
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        return {"enum": list(self.neutral)}
+
+    def _check(self, value: object) -> object:
         # `True == 1` in Python, but not in JSON.
-        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in neutral):
+        if any(value == allowed and isinstance(value, bool) == isinstance(allowed, bool) for allowed in self.neutral):
             return value
         raise PydanticCustomError("unsupported_parameter", "This value is not supported yet; leave the field out")
 
-    return AfterValidator(check)
+
+def only(*neutral: object) -> _Only:
+    """Marks a field that is known but not supported yet: only the `neutral` values, which ask for nothing, pass."""
+    return _Only(neutral)
 
 
 def invalid(message: str) -> PydanticCustomError:
@@ -54,7 +90,9 @@ def _as_stop_list(value: object) -> object:
     return value
 
 
-StopStrings = Annotated[list[str], BeforeValidator(_as_stop_list)]
+_STOP_STRING = {"type": "string", "minLength": 1}
+_STOP_SCHEMA = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}, {"type": "null"}]}
+StopStrings = Annotated[list[str], BeforeValidator(_as_stop_list), WithJsonSchema(_STOP_SCHEMA)]
 
 
 def _as_logit_bias(value: object) -> object:
@@ -78,7 +116,12 @@ def _as_logit_bias(value: object) -> object:
     return biases
 
 
-LogitBias = Annotated[dict[int, float], BeforeValidator(_as_logit_bias)]
+_BIAS_SCHEMA = {
+    "type": ["object", "null"],
+    "propertyNames": {"pattern": f"^(0|[1-9][0-9]{{0,{_MAX_ID_DIGITS - 1}}})$"},
+    "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+}
+LogitBias = Annotated[dict[int, float], BeforeValidator(_as_logit_bias), WithJsonSchema(_BIAS_SCHEMA)]
 
 
 class Body(BaseModel):
@@ -144,30 +187,30 @@ class GenerationBody(Body):
 
     model: str
     max_tokens: NumTokens | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    n: Int32 | None = None
+    temperature: Annotated[float, ranged(0, 2)] | None = None
+    top_p: Annotated[float, Described({"exclusiveMinimum": 0, "maximum": 1})] | None = None
+    n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     stop: StopStrings = []
     seed: Int64 | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
     logit_bias: LogitBias = {}
     response_format: ResponseFormat | None = None
     user: str | None = None
 
     # Extensions that other servers have too, under the same names.
-    top_k: Int32 | None = None
-    min_p: float | None = None
-    min_tokens: Int32 | None = None
+    top_k: Annotated[Int32, Described({"minimum": -1})] | None = None
+    min_p: Annotated[float, ranged(0, 1)] | None = None
+    min_tokens: Annotated[Int32, Described({"minimum": 0})] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[Int64], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: Int32 | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: Annotated[float, ranged(0.01, 100)] | None = None
     structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
 

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, WithJsonSchema
 
-from server.protocol.common import GenerationBody, Int32, OptionalIds, OptionalMetrics, OptionalUsage, invalid
+from server.protocol.common import (
+    Choices,
+    GenerationBody,
+    Logprobs,
+    OptionalIds,
+    OptionalMetrics,
+    OptionalUsage,
+    invalid,
+)
 
 Prompt = str | list[str] | list[int] | list[list[int]]
 
@@ -28,12 +36,21 @@ def _check_prompt(value: object) -> object:
     raise invalid("Input should be a string, a list of strings, a list of token ids, or a list of lists of token ids; not empty")
 
 
+def _list_of(items: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1}
+
+
+_TEXT = {"type": "string"}
+_TOKEN_IDS = _list_of({"type": "integer", "minimum": 0})
+_PROMPT_SCHEMA = {"anyOf": [_TEXT, _list_of(_TEXT), _TOKEN_IDS, _list_of(_TOKEN_IDS), {"type": "null"}]}
+
+
 class CompletionBody(GenerationBody):
-    prompt: Annotated[Any, BeforeValidator(_check_prompt)]
+    prompt: Annotated[Any, BeforeValidator(_check_prompt), WithJsonSchema(_PROMPT_SCHEMA)]
     # 0 computes the prompt alone, for its log-probabilities
     max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
-    best_of: Int32 | None = None
-    logprobs: Int32 | None = None
+    best_of: Choices | None = None
+    logprobs: Logprobs | None = None
     echo: bool | None = None
     # Text that follows on what is to be written; an empty one asks for nothing.
     suffix: str | None = None
@@ -70,7 +87,7 @@ class CompletionChoice(msgspec.Struct):
 
 class Completion(msgspec.Struct, kw_only=True):
     id: str
-    object: str = "text_completion"
+    object: Literal["text_completion"] = "text_completion"
     created: int
     model: str
     choices: list[CompletionChoice]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
 
@@ -9,7 +11,7 @@ class ModelCard(msgspec.Struct, kw_only=True):
     """One served name. `root` is the model behind it; gateways read `max_model_len`."""
 
     id: str
-    object: str = "model"
+    object: Literal["model"] = "model"
     created: int
     owned_by: str = "medusa"
     root: str
@@ -17,5 +19,5 @@ class ModelCard(msgspec.Struct, kw_only=True):
 
 
 class ModelList(msgspec.Struct, kw_only=True):
-    object: str = "list"
+    object: Literal["list"] = "list"
     data: list[ModelCard]

@@ -8,7 +8,7 @@ import msgspec
 from pydantic import Field, model_validator
 
 from server.protocol.chat import Message
-from server.protocol.common import Body, Int64, invalid
+from server.protocol.common import Body, TokenId, invalid
 from server.protocol.tools import Tools
 
 
@@ -48,7 +48,7 @@ class Tokenized(msgspec.Struct, kw_only=True):
 
 class DetokenizeBody(Body):
     model: str | None = None
-    tokens: Annotated[list[Int64], Field(fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 class Detokenized(msgspec.Struct):

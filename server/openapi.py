@@ -1,0 +1,196 @@
+"""The OpenAPI document: FastAPI's list of routes, with the bodies, answers and errors that the protocol's classes declare.
+
+Routes parse bodies and encode answers themselves, so FastAPI knows neither.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from typing import Any, Literal, TypeVar
+
+import msgspec
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic.json_schema import models_json_schema
+
+from medusa_core.errors import CapacityError, EngineError, MedusaError, RequestError
+from server.errors import answer_for
+from server.middleware import GUARDED_PATHS
+from server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
+from server.protocol.common import Body
+from server.protocol.completions import Completion, CompletionBody
+from server.protocol.errors import ErrorBody
+from server.protocol.models import ModelCard, ModelList
+from server.protocol.operation import Status, Version
+from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
+from server.settings import ServerSettings
+
+Schema = dict[str, Any]
+Struct = type[msgspec.Struct]
+E = TypeVar("E")
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """What a route takes and gives.
+
+    answer: of status 200; None for an object whose keys the model's files decide. chunk: what frames of a stream carry. errors:
+    statuses with an error object beside those of every route, of bodies and of API keys. unavailable: the answer of 503, if it is
+    not an error object. text: media type of an answer that is not JSON.
+    """
+
+    body: type[Body] | None = None
+    answer: Struct | None = None
+    chunk: Struct | None = None
+    errors: tuple[int, ...] = ()
+    unavailable: Struct | None = None
+    text: str | None = None
+
+
+OPERATIONS = {
+    "/v1/completions": Operation(CompletionBody, Completion, Completion, errors=(404, 503)),
+    "/v1/chat/completions": Operation(ChatBody, ChatCompletion, ChatChunk, errors=(404, 503)),
+    "/v1/models": Operation(answer=ModelList, errors=(503,)),
+    "/v1/models/{name}": Operation(answer=ModelCard, errors=(404, 503)),
+    "/tokenize": Operation(TokenizeBody, Tokenized, errors=(404, 503)),
+    "/detokenize": Operation(DetokenizeBody, Detokenized, errors=(404, 503)),
+    "/tokenizer_info": Operation(errors=(503,)),
+    "/health": Operation(answer=Status, unavailable=Status),
+    "/ready": Operation(answer=Status, unavailable=Status),
+    "/version": Operation(answer=Version),
+    "/metrics": Operation(text=CONTENT_TYPE_LATEST),
+}
+
+_ERRORS_OF_BODIES = (400, 413)
+_API_KEY = "api_key"
+_HEADERS: Schema = {
+    "x-request-id": {"description": "The request's own, or a new one.", "schema": {"type": "string"}},
+    "openai-processing-ms": {
+        "description": "Milliseconds from the request's arrival to its first answer.",
+        "schema": {"type": "string", "pattern": "^[0-9]+$"},
+    },
+}
+_RETRY_AFTER: Schema = {
+    "retry-after": {"description": "Seconds after which to try again.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
+}
+_CHALLENGE: Schema = {"www-authenticate": {"schema": {"const": "Bearer"}}}
+_STREAM = "With `stream: true`, frames `data: {...}`, one chunk or one error in each; the last frame is `data: [DONE]`."
+
+
+def complete(document: Schema, settings: ServerSettings) -> None:
+    """Write what this server takes and gives, with its settings, into FastAPI's own document."""
+    schemas = {**_answer_schemas(), **_body_schemas(allow_unknown=settings.allow_unknown_fields)}
+    document["components"] = {"schemas": schemas}
+    if settings.api_key:
+        scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys of --api-key."}
+        document["components"]["securitySchemes"] = {_API_KEY: scheme}
+    for path, methods in document["paths"].items():
+        for route in methods.values():
+            _describe(route, OPERATIONS[path], is_guarded=bool(settings.api_key) and path.startswith(GUARDED_PATHS))
+
+
+def _describe(route: Schema, operation: Operation, *, is_guarded: bool) -> None:
+    statuses = {500, *operation.errors}
+    if operation.body is not None:
+        route["requestBody"] = {"required": True, "content": _json(_reference(operation.body))}
+        statuses.update(_ERRORS_OF_BODIES)
+    if is_guarded:
+        route["security"] = [{_API_KEY: []}]
+        statuses.add(401)
+    # FastAPI's own promise, 422, is none of ours.
+    route["responses"] = {"200": _answer(operation)} | {str(status): _error(status) for status in sorted(statuses)}
+    if operation.unavailable is not None:
+        content = _json(_reference(operation.unavailable))
+        route["responses"]["503"] = {"description": "Not now.", "headers": _HEADERS, "content": content}
+
+
+def _answer(operation: Operation) -> Schema:
+    if operation.text is not None:
+        content: Schema = {operation.text: {"schema": {"type": "string"}}}
+    else:
+        content = _json({"type": "object"} if operation.answer is None else _reference(operation.answer))
+    answer: Schema = {"description": "The answer.", "headers": _HEADERS, "content": content}
+    if operation.chunk is not None:
+        answer["description"] = f"The answer. {_STREAM}"
+        content["text/event-stream"] = {"schema": {"anyOf": [_reference(operation.chunk), _reference(ErrorBody)]}}
+    return answer
+
+
+def _error(status: int) -> Schema:
+    codes = ", ".join(f"`{code}`" for code in sorted(_codes(status)))
+    headers = {**_HEADERS, **(_RETRY_AFTER if status == 503 else {}), **(_CHALLENGE if status == 401 else {})}
+    description = f"{HTTPStatus(status).phrase}. Codes: {codes}."
+    return {"description": description, "headers": headers, "content": _json(_reference(ErrorBody))}
+
+
+def _codes(status: int) -> set[str]:
+    """Of all errors that requests meet with this status."""
+    bases: tuple[type[MedusaError], ...] = (RequestError, CapacityError, EngineError)
+    classes = (cls for base in bases for cls in _with_subclasses(base))
+    codes = {cls.code for cls in classes if answer_for(cls("")).status == status}
+    return codes | {"internal_error"} if status == 500 else codes
+
+
+def _with_subclasses(cls: type[E]) -> Iterator[type[E]]:
+    yield cls
+    for subclass in cls.__subclasses__():
+        yield from _with_subclasses(subclass)
+
+
+def _json(schema: Schema) -> Schema:
+    return {"application/json": {"schema": schema}}
+
+
+def _reference(cls: type) -> Schema:
+    return {"$ref": f"#/components/schemas/{cls.__name__}"}
+
+
+def _body_schemas(*, allow_unknown: bool) -> dict[str, Schema]:
+    """Bodies as JSON clients see them."""
+    mode: Literal["validation"] = "validation"
+    bodies = [(operation.body, mode) for operation in OPERATIONS.values() if operation.body is not None]
+    schemas: dict[str, Schema] = models_json_schema(bodies, ref_template="#/components/schemas/{model}")[1]["$defs"]
+    for schema in schemas.values():
+        schema["additionalProperties"] = allow_unknown
+    return schemas
+
+
+def _answer_schemas() -> dict[str, Schema]:
+    """Answers, with all keys as required that are always sent: msgspec lists those without a default only."""
+    operations = OPERATIONS.values()
+    used = [
+        cls for operation in operations for cls in (operation.answer, operation.chunk, operation.unavailable) if cls is not None
+    ]
+    _, schemas = msgspec.json.schema_components([*used, ErrorBody], ref_template="#/components/schemas/{name}")
+    for cls in _structs(msgspec.inspect.multi_type_info([*used, ErrorBody])):
+        schema = schemas[cls.__name__]
+        schema["required"] = list(_always_sent(cls))
+        if "description" in schema:
+            schema["description"] = inspect.cleandoc(schema["description"])
+    return schemas
+
+
+def _always_sent(cls: Struct) -> Iterator[str]:
+    for field in msgspec.structs.fields(cls):
+        is_left_out = field.default is msgspec.UNSET or (cls.__struct_config__.omit_defaults and not field.required)
+        if not is_left_out:
+            yield field.encode_name
+
+
+def _structs(node: object, found: set[Struct] | None = None) -> set[Struct]:
+    """All structs that a description of types speaks of. Descriptions are structs themselves."""
+    found = set() if found is None else found
+    if isinstance(node, msgspec.inspect.StructType):
+        if node.cls in found:
+            return found
+        found.add(node.cls)
+    parts: Iterable[object] = ()
+    if isinstance(node, msgspec.Struct):
+        parts = [getattr(node, name) for name in node.__struct_fields__]
+    elif isinstance(node, list | tuple):
+        parts = node
+    for part in parts:
+        _structs(part, found)
+    return found
