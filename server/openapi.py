@@ -76,12 +76,15 @@ _RETRY_AFTER: Schema = {
     "retry-after": {"description": "Seconds after which to try again.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
 }
 _CHALLENGE: Schema = {"www-authenticate": {"schema": {"const": "Bearer"}}}
-_STREAM = "With `stream: true`, frames `data: {...}`, one chunk or one error in each; the last frame is `data: [DONE]`."
+_STREAM = "With `stream: true`, events whose data is a chunk or an error; that of the last one is `[DONE]`."
+# The first version that can describe events of a stream.
+_OPENAPI_VERSION = "3.2.0"
 
 
 def complete(document: Schema, settings: ServerSettings) -> None:
     """Write what this server takes and gives, with its settings, into FastAPI's own document."""
-    schemas = {**_answer_schemas(), **_body_schemas(allow_unknown=settings.allow_unknown_fields)}
+    document["openapi"] = _OPENAPI_VERSION
+    schemas = {**answer_schemas(), **body_schemas(allow_unknown=settings.allow_unknown_fields)}
     document["components"] = {"schemas": schemas}
     if settings.api_key:
         scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys of --api-key."}
@@ -114,8 +117,15 @@ def _answer(operation: Operation) -> Schema:
     answer: Schema = {"description": "The answer.", "headers": _HEADERS, "content": content}
     if operation.chunk is not None:
         answer["description"] = f"The answer. {_STREAM}"
-        content["text/event-stream"] = {"schema": {"anyOf": [_reference(operation.chunk), _reference(ErrorBody)]}}
+        content["text/event-stream"] = {"itemSchema": _event(operation.chunk)}
     return answer
+
+
+def _event(chunk: Struct) -> Schema:
+    data = {"anyOf": [_reference(chunk), _reference(ErrorBody)]}
+    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
+    kinds = [{"properties": {"data": {"const": "[DONE]"}}}, {"properties": {"data": json_text}}]
+    return {"type": "object", "required": ["data"], "anyOf": kinds}
 
 
 def _error(status: int) -> Schema:
@@ -147,7 +157,7 @@ def _reference(cls: type) -> Schema:
     return {"$ref": f"#/components/schemas/{cls.__name__}"}
 
 
-def _body_schemas(*, allow_unknown: bool) -> dict[str, Schema]:
+def body_schemas(*, allow_unknown: bool) -> dict[str, Schema]:
     """Bodies as JSON clients see them."""
     mode: Literal["validation"] = "validation"
     bodies = [(operation.body, mode) for operation in OPERATIONS.values() if operation.body is not None]
@@ -157,7 +167,7 @@ def _body_schemas(*, allow_unknown: bool) -> dict[str, Schema]:
     return schemas
 
 
-def _answer_schemas() -> dict[str, Schema]:
+def answer_schemas() -> dict[str, Schema]:
     """Answers, with all keys as required that are always sent: msgspec lists those without a default only."""
     operations = OPERATIONS.values()
     used = [

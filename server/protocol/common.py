@@ -35,7 +35,11 @@ class Described:
     keywords: dict[str, Any]
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {**handler(schema), **self.keywords}
+        described = {**handler(schema), **self.keywords}
+        # of the type, which is wider
+        if "maximum" in self.keywords:
+            described.pop("exclusiveMaximum", None)
+        return described
 
 
 def ranged(minimum: float, maximum: float) -> Described:

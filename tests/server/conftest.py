@@ -13,6 +13,7 @@ import uvicorn
 
 from server.app import create_app
 from server.settings import ServerSettings
+from tests.server.contract import Contract
 from tests.server.fakes import FakeClient, FakeText
 
 
@@ -34,13 +35,24 @@ async def _run_app(client, *, text=None, **options):
 
 @pytest.fixture
 async def make_http():
-    """`await make_http(FakeClient(), **options)`: an httpx client of the app; the app is its attribute `app`."""
+    """`await make_http(FakeClient(), **options)`: an httpx client of the app; the app is its attribute `app`.
+
+    Whatever a test asks for, the answer is as the app's OpenAPI document says.
+    """
     async with AsyncExitStack() as stack:
 
         async def make(client=None, *, text=None, **options):
             app = await stack.enter_async_context(_run_app(client or FakeClient(), text=text, **options))
             transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            http = await stack.enter_async_context(httpx.AsyncClient(transport=transport, base_url="http://test"))
+            contract = Contract(app.openapi())
+
+            async def check(response):
+                await response.aread()
+                contract.check(response)
+
+            hooks = {"response": [check]}
+            http = httpx.AsyncClient(transport=transport, base_url="http://test", event_hooks=hooks)
+            await stack.enter_async_context(http)
             http.app = app
             return http
 

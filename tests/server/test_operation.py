@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
-import re
 import socket
 
 import httpx
@@ -164,17 +162,6 @@ async def test_ten_megabytes_are_refused_over_a_real_connection(make_server):
         response = await http.post("/v1/completions", content=b"x" * 10_000_000)
         assert error_of(response, 413)["code"] == "request_too_large"
         assert (await http.post("/v1/completions", json=BODY)).status_code == 200
-
-
-async def test_the_openapi_document_describes_the_bodies(make_http):
-    document = (await (await make_http()).get("/openapi.json")).json()
-    schemas = document["components"]["schemas"]
-    assert "messages" in schemas["ChatBody"]["properties"]
-    for path, name in (("/v1/completions", "CompletionBody"), ("/v1/chat/completions", "ChatBody")):
-        content = document["paths"][path]["post"]["requestBody"]["content"]
-        assert content["application/json"]["schema"] == {"$ref": f"#/components/schemas/{name}"}
-    references = re.findall(r"#/components/schemas/(\w+)", json.dumps(document))
-    assert set(references) <= schemas.keys()
 
 
 async def test_polling_is_logged_below_requests(make_http, caplog):
