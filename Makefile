@@ -16,7 +16,10 @@ BIN := .venv/bin
 # A torch that the interpreter already has (a GPU image's, say) is used as it is, if it is a version that we support.
 HAS_TORCH := -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:2])); raise SystemExit(not (2, 11) <= v < (2, 14))'
 
-.PHONY: install serve test test-all check clean
+# Packages of others that talk to a server, whose dependencies do not go with the project's or with each other's.
+CLIENTS := build/clients
+
+.PHONY: install serve test test-all clients check clean
 
 install: .venv/.installed
 
@@ -33,8 +36,21 @@ serve: install
 test: install
 	$(BIN)/python -m pytest -m "not long and not cuda"
 
-test-all: install
+test-all: install clients
 	$(BIN)/python -m pytest
+
+clients: $(CLIENTS)/python/.installed $(CLIENTS)/lm-eval/.installed $(CLIENTS)/node/.installed
+
+$(CLIENTS)/%/.installed: tests/e2e/clients/%.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-compile -r $<
+	touch $@
+
+$(CLIENTS)/node/.installed: tests/e2e/clients/package.json
+	mkdir -p $(@D)
+	cp $< $(@D)
+	if command -v npm; then cd $(@D) && npm install --no-package-lock && touch .installed; \
+	else echo "npm is not installed: the test of OpenAI's client for Node will be skipped"; fi
 
 check: install
 	$(BIN)/ruff check .

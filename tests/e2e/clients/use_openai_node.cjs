@@ -1,0 +1,41 @@
+// OpenAI's client for Node: models, chat, streaming, errors. Arguments: the server's URL, the model's name.
+const assert = require("node:assert");
+const { OpenAI, NotFoundError } = require("openai");
+
+const [url, model] = process.argv.slice(2);
+const client = new OpenAI({ baseURL: `${url}/v1`, apiKey: "unused", maxRetries: 0 });
+const messages = [{ role: "user", content: "What is the capital of France? Answer in one short sentence." }];
+const options = { model, messages, temperature: 0, max_completion_tokens: 24 };
+
+async function main() {
+  const names = [];
+  for await (const { id } of client.models.list()) names.push(id);
+  assert.deepStrictEqual(names, [model]);
+
+  const answer = await client.chat.completions.create(options);
+  const text = answer.choices[0].message.content;
+  assert.match(text, /Paris/);
+  assert.strictEqual(answer.choices[0].finish_reason, "stop");
+  assert.match(answer._request_id, /^req_/);
+
+  let streamed = "";
+  let usage = null;
+  const stream = await client.chat.completions.create({ ...options, stream: true, stream_options: { include_usage: true } });
+  for await (const chunk of stream) {
+    streamed += chunk.choices[0]?.delta.content ?? "";
+    usage = chunk.usage ?? usage;
+  }
+  assert.strictEqual(streamed, text);
+  assert.strictEqual(usage.completion_tokens, answer.usage.completion_tokens);
+
+  const final = await client.chat.completions.stream({ ...options, n: 2 }).finalChatCompletion();
+  assert.deepStrictEqual(final.choices.map((choice) => choice.message.content), [text, text]);
+
+  await assert.rejects(client.chat.completions.create({ ...options, model: "other" }), (error) => {
+    assert.ok(error instanceof NotFoundError);
+    assert.strictEqual(error.code, "model_not_found");
+    return true;
+  });
+}
+
+main();
