@@ -24,6 +24,7 @@ from server.protocol.completions import Completion, CompletionBody
 from server.protocol.errors import ErrorBody
 from server.protocol.models import ModelCard, ModelList
 from server.protocol.operation import Status, Version
+from server.protocol.responses import ResponseObject, ResponsesBody, StreamEvent
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.settings import ServerSettings
 
@@ -36,22 +37,25 @@ E = TypeVar("E")
 class Operation:
     """What a route takes and gives.
 
-    answer: of status 200; None for an object whose keys the model's files decide. chunk: what frames of a stream carry. errors:
+    answer: of status 200; None for an object whose keys the model's files decide. chunks: what events of a stream carry; end: data
+    of the last one, if it is not a chunk. errors:
     statuses with an error object beside those of every route, of bodies and of API keys. unavailable: the answer of 503, if it is
     not an error object. text: media type of an answer that is not JSON.
     """
 
     body: type[Body] | None = None
     answer: Struct | None = None
-    chunk: Struct | None = None
+    chunks: tuple[Struct, ...] = ()
+    end: str | None = "[DONE]"
     errors: tuple[int, ...] = ()
     unavailable: Struct | None = None
     text: str | None = None
 
 
 OPERATIONS = {
-    "/v1/completions": Operation(CompletionBody, Completion, Completion, errors=(404, 503)),
-    "/v1/chat/completions": Operation(ChatBody, ChatCompletion, ChatChunk, errors=(404, 503)),
+    "/v1/completions": Operation(CompletionBody, Completion, (Completion, ErrorBody), errors=(404, 503)),
+    "/v1/chat/completions": Operation(ChatBody, ChatCompletion, (ChatChunk, ErrorBody), errors=(404, 503)),
+    "/v1/responses": Operation(ResponsesBody, ResponseObject, tuple(StreamEvent.__subclasses__()), None, errors=(404, 503)),
     "/v1/models": Operation(answer=ModelList, errors=(503,)),
     "/v1/models/{name}": Operation(answer=ModelCard, errors=(404, 503)),
     "/tokenize": Operation(TokenizeBody, Tokenized, errors=(404, 503)),
@@ -76,7 +80,7 @@ _RETRY_AFTER: Schema = {
     "retry-after": {"description": "Seconds after which to try again.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
 }
 _CHALLENGE: Schema = {"www-authenticate": {"schema": {"const": "Bearer"}}}
-_STREAM = "With `stream: true`, events whose data is a chunk or an error; that of the last one is `[DONE]`."
+_STREAM = "With `stream: true`, an event for each piece of it."
 # The first version that can describe events of a stream.
 _OPENAPI_VERSION = "3.2.0"
 
@@ -115,17 +119,18 @@ def _answer(operation: Operation) -> Schema:
     else:
         content = _json({"type": "object"} if operation.answer is None else _reference(operation.answer))
     answer: Schema = {"description": "The answer.", "headers": _HEADERS, "content": content}
-    if operation.chunk is not None:
+    if operation.chunks:
         answer["description"] = f"The answer. {_STREAM}"
-        content["text/event-stream"] = {"itemSchema": _event(operation.chunk)}
+        content["text/event-stream"] = {"itemSchema": _event(operation)}
     return answer
 
 
-def _event(chunk: Struct) -> Schema:
-    data = {"anyOf": [_reference(chunk), _reference(ErrorBody)]}
-    json_text = {"type": "string", "contentMediaType": "application/json", "contentSchema": data}
-    kinds = [{"properties": {"data": {"const": "[DONE]"}}}, {"properties": {"data": json_text}}]
-    return {"type": "object", "required": ["data"], "anyOf": kinds}
+def _event(operation: Operation) -> Schema:
+    data = {"anyOf": [_reference(chunk) for chunk in operation.chunks]}
+    kinds: list[Schema] = [{"type": "string", "contentMediaType": "application/json", "contentSchema": data}]
+    if operation.end is not None:
+        kinds.append({"const": operation.end})
+    return {"type": "object", "required": ["data"], "anyOf": [{"properties": {"data": kind}} for kind in kinds]}
 
 
 def _error(status: int) -> Schema:
@@ -169,14 +174,12 @@ def body_schemas(*, allow_unknown: bool) -> dict[str, Schema]:
 
 def answer_schemas() -> dict[str, Schema]:
     """Answers, with all keys as required that are always sent: msgspec lists those without a default only."""
-    operations = OPERATIONS.values()
-    used = [
-        cls for operation in operations for cls in (operation.answer, operation.chunk, operation.unavailable) if cls is not None
-    ]
-    _, schemas = msgspec.json.schema_components([*used, ErrorBody], ref_template="#/components/schemas/{name}")
-    for cls in _structs(msgspec.inspect.multi_type_info([*used, ErrorBody])):
+    given = [cls for operation in OPERATIONS.values() for cls in (operation.answer, *operation.chunks, operation.unavailable)]
+    used = [cls for cls in given if cls is not None] + [ErrorBody]
+    _, schemas = msgspec.json.schema_components(used, ref_template="#/components/schemas/{name}")
+    for cls in _structs(msgspec.inspect.multi_type_info(used)):
         schema = schemas[cls.__name__]
-        schema["required"] = list(_always_sent(cls))
+        schema["required"] = list(dict.fromkeys([*schema["required"], *_always_sent(cls)]))
         if "description" in schema:
             schema["description"] = inspect.cleandoc(schema["description"])
     return schemas

@@ -54,7 +54,13 @@ OptionalContent = Annotated[
 
 
 class SystemMessage(Body):
-    role: Literal["system", "developer"]
+    role: Literal["system"]
+    content: Content
+    name: str | None = None
+
+
+class DeveloperMessage(Body):
+    role: Literal["developer"]
     content: Content
     name: str | None = None
 
@@ -93,7 +99,7 @@ class ToolMessage(Body):
 
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+Message = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
 class ChatBody(GenerationBody):

@@ -52,6 +52,12 @@ TokenId = Annotated[Int64, Described({"minimum": 0})]
 Choices = Annotated[Int32, ranged(1, 128)]
 Logprobs = Annotated[Int32, ranged(0, MAX_LOGPROBS)]
 Penalty = Annotated[float, ranged(-2, 2)]
+RepetitionPenalty = Annotated[float, ranged(0.01, 100)]
+Temperature = Annotated[float, ranged(0, 2)]
+TopP = Annotated[float, Described({"exclusiveMinimum": 0, "maximum": 1})]
+# -1 is how other servers write "off".
+TopK = Annotated[Int32, Described({"minimum": -1})]
+MinP = Annotated[float, ranged(0, 1)]
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -191,8 +197,8 @@ class GenerationBody(Body):
 
     model: str
     max_tokens: NumTokens | None = None
-    temperature: Annotated[float, ranged(0, 2)] | None = None
-    top_p: Annotated[float, Described({"exclusiveMinimum": 0, "maximum": 1})] | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -205,8 +211,8 @@ class GenerationBody(Body):
     user: str | None = None
 
     # Extensions that other servers have too, under the same names.
-    top_k: Annotated[Int32, Described({"minimum": -1})] | None = None
-    min_p: Annotated[float, ranged(0, 1)] | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     min_tokens: Annotated[Int32, Described({"minimum": 0})] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
@@ -214,7 +220,7 @@ class GenerationBody(Body):
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     priority: Int32 | None = None
-    repetition_penalty: Annotated[float, ranged(0.01, 100)] | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     structured_outputs: StructuredOutputs | None = None
     speculative: Speculative | None = None
 

@@ -6,11 +6,27 @@ from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from server.protocol.chat import ChatTokenLogprob
-from server.protocol.common import Body, Int32, Int64, NumTokens, RequestMetrics, Speculative, invalid, only
+from server.protocol.common import (
+    Body,
+    Described,
+    Int32,
+    Int64,
+    Logprobs,
+    MinP,
+    NumTokens,
+    RepetitionPenalty,
+    RequestMetrics,
+    Speculative,
+    Temperature,
+    TopK,
+    TopP,
+    invalid,
+    only,
+)
 from server.protocol.tools import FunctionDefinition
 
 ITEM_TYPES = ("message", "function_call", "function_call_output")
@@ -39,7 +55,14 @@ def _as_text(content: object) -> str:
     return "".join(texts)
 
 
-Text = Annotated[str, BeforeValidator(_as_text)]
+def _part_schema(types: Sequence[str], field: str) -> dict[str, Any]:
+    properties = {"type": {"enum": list(types)}, field: {"type": "string"}}
+    return {"type": "object", "properties": properties, "required": ["type", field]}
+
+
+_PART_SCHEMA = {"anyOf": [_part_schema(_TEXT_TYPES, "text"), _part_schema(["refusal"], "refusal")]}
+_TEXT_SCHEMA = {"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA}]}
+Text = Annotated[str, BeforeValidator(_as_text), WithJsonSchema(_TEXT_SCHEMA)]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 
@@ -111,6 +134,19 @@ def _check_choice(choice: object) -> object:
     raise invalid('Input should be "none", "auto", "required" or {"type": "function", "name": "..."}')
 
 
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": [None, "none", "auto", "required"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+            "required": ["type", "name"],
+            "additionalProperties": False,
+        },
+    ]
+}
+
+
 class TextFormat(Body):
     type: Literal["text", "json_object", "json_schema"]
     name: str | None = None
@@ -136,19 +172,20 @@ class ResponsesBody(Body):
         list[Item],
         Field(fail_fast=True, min_length=1),
         BeforeValidator(lambda value: [{"role": "user", "content": value}] if isinstance(value, str) else value),
+        Described({"type": ["string", "array"]}),
     ]
     instructions: str | None = None
     max_output_tokens: NumTokens | None = None
-    temperature: float | None = None
-    top_p: float | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True), BeforeValidator(_check_tool_kinds)] | None = None
-    tool_choice: Annotated[Any, BeforeValidator(_check_choice)] = None
+    tool_choice: Annotated[Any, BeforeValidator(_check_choice), WithJsonSchema(_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
-    top_logprobs: Int32 | None = None
+    top_logprobs: Logprobs | None = None
     metadata: dict[str, str] | None = None
 
     # Accepted: they carry no promise about the output of a server like this one, which stores nothing and never reasons apart.
@@ -162,10 +199,10 @@ class ResponsesBody(Body):
     prompt_cache_options: dict[str, Any] | None = None
 
     # Extensions, as in chat completions.
-    top_k: Int32 | None = None
-    min_p: float | None = None
+    top_k: TopK | None = None
+    min_p: MinP | None = None
     seed: Int64 | None = None
-    repetition_penalty: float | None = None
+    repetition_penalty: RepetitionPenalty | None = None
     priority: Int32 | None = None
     speculative: Speculative | None = None
 
@@ -187,24 +224,22 @@ class OutputText(msgspec.Struct):
     text: str
     logprobs: list[ChatTokenLogprob] = []
     annotations: list[None] = []
-    type: str = "output_text"
+    type: Literal["output_text"] = "output_text"
 
 
-class OutputMessage(msgspec.Struct, kw_only=True):
+class OutputMessage(msgspec.Struct, kw_only=True, tag_field="type", tag="message"):
     id: str
     status: ItemStatus
     content: list[OutputText]
-    type: str = "message"
-    role: str = "assistant"
+    role: Literal["assistant"] = "assistant"
 
 
-class OutputCall(msgspec.Struct, kw_only=True):
+class OutputCall(msgspec.Struct, kw_only=True, tag_field="type", tag="function_call"):
     id: str
     status: ItemStatus
     call_id: str
     name: str
     arguments: str
-    type: str = "function_call"
 
 
 class InputDetails(msgspec.Struct):
@@ -237,7 +272,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     """The answer so far. What the request asked for is told again, with the defaults that were used."""
 
     id: str
-    object: str = "response"
+    object: Literal["response"] = "response"
     created_at: int
     completed_at: int | None = None
     status: str
@@ -256,7 +291,7 @@ class ResponseObject(msgspec.Struct, kw_only=True):
     tools: list[dict[str, Any]]
     top_logprobs: int
     top_p: float
-    truncation: str = "disabled"
+    truncation: Literal["disabled"] = "disabled"
     background: bool = False
     usage: ResponseUsage | None = None
     user: str | None

@@ -6,11 +6,11 @@ from collections import Counter
 from typing import Annotated, Any, Literal, TypeAlias
 
 import msgspec
-from pydantic import AfterValidator, BeforeValidator, Field
+from pydantic import AfterValidator, BeforeValidator, Field, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
 from medusa_core.text.tool_calls import TOOL_NAME
-from server.protocol.common import Body, invalid
+from server.protocol.common import Body, Described, invalid
 
 # Of the API.
 MAX_TOOLS = 128
@@ -28,13 +28,16 @@ def _check_parameters(schema: dict[str, Any]) -> dict[str, Any]:
     return schema
 
 
+_OBJECT_SCHEMA = Described({"properties": {"type": {"const": "object"}}})
+
+
 class FunctionDefinition(Body):
     """parameters: left out for a function that has none. strict: accepted, as the SDK always sends it; but with it or without,
     arguments are held to the schema only where tool_choice enforces a call."""
 
-    name: Annotated[str, AfterValidator(_check_name)]
+    name: Annotated[str, AfterValidator(_check_name), Described({"pattern": f"^({TOOL_NAME.pattern})$"})]
     description: str | None = None
-    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters)] | None = None
+    parameters: Annotated[dict[str, Any], AfterValidator(_check_parameters), _OBJECT_SCHEMA] | None = None
     strict: bool | None = None
 
 
@@ -75,7 +78,22 @@ def _check_choice(choice: object) -> object:
     raise invalid('Input should be "none", "auto", "required" or {"type": "function", "function": {"name": "..."}}')
 
 
-ToolChoice: TypeAlias = Annotated[Any, BeforeValidator(_check_choice)]
+_NAMED_SCHEMA = {
+    "type": "object",
+    "properties": {
+        "type": {"const": "function"},
+        "function": {
+            "type": "object",
+            "properties": {"name": {"type": "string"}},
+            "required": ["name"],
+            "additionalProperties": False,
+        },
+    },
+    "required": ["type", "function"],
+    "additionalProperties": False,
+}
+_CHOICE_SCHEMA = {"anyOf": [{"enum": [None, "none", "auto", "required"]}, _NAMED_SCHEMA]}
+ToolChoice: TypeAlias = Annotated[Any, BeforeValidator(_check_choice), WithJsonSchema(_CHOICE_SCHEMA)]
 
 
 class FunctionCall(msgspec.Struct):
@@ -86,7 +104,7 @@ class FunctionCall(msgspec.Struct):
 class ToolCall(msgspec.Struct):
     id: str
     function: FunctionCall
-    type: str = "function"
+    type: Literal["function"] = "function"
 
 
 class FunctionCallDelta(msgspec.Struct, omit_defaults=True):

@@ -9,7 +9,6 @@ import re
 import httpx
 from jsonschema import Draft202012Validator
 
-DONE = "[DONE]"
 # FastAPI's own, and what browsers ask before a request.
 NOT_DESCRIBED = re.compile(r"/openapi\.json|/docs.*|/redoc")
 
@@ -41,11 +40,14 @@ class Contract:
         if media_type == "application/json":
             self.validate(response.json(), described["schema"])
         elif media_type == "text/event-stream":
-            *events, last = _events(response.text)
-            assert last == DONE
-            schema = described["itemSchema"]["anyOf"][1]["properties"]["data"]["contentSchema"]
-            for event in events:
-                self.validate(json.loads(event), schema)
+            kind, *ends = [kind["properties"]["data"] for kind in described["itemSchema"]["anyOf"]]
+            events = list(_events(response.text))
+            for end in ends:
+                assert events.pop() == (None, end["const"])
+            for name, data in events:
+                value = json.loads(data)
+                self.validate(value, kind["contentSchema"])
+                assert name == value.get("type")
 
     def validate(self, value: object, schema: dict) -> None:
         """A value against a schema that may refer to the document's."""
@@ -71,7 +73,7 @@ def _pattern(path):
 
 
 def _events(text):
-    """Data of the events. A comment is no event."""
-    blocks = [block for block in text.split("\n\n") if block and not block.startswith(":")]
-    assert all(re.fullmatch("data: .*", block) for block in blocks)
-    return [block.removeprefix("data: ") for block in blocks]
+    """Names, None without one, and data. A comment is no event."""
+    for block in text.split("\n\n"):
+        if block and not block.startswith(":"):
+            yield re.fullmatch("(?:event: (.*)\n)?data: (.*)", block).groups()
