@@ -1,13 +1,13 @@
-"""LangChain: invoke, stream, batch. Arguments: the server's URL, the model's name."""
+"""LangChain: invoke, stream, batch, tools, and the Responses API. Arguments: the server's URL, the model's name."""
 
 import sys
 
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
 
 url, model = sys.argv[1:]
-llm = ChatOpenAI(
-    base_url=f"{url}/v1", api_key="unused", model=model, temperature=0, max_tokens=24, max_retries=0, stream_usage=True
-)
+SERVER = {"base_url": f"{url}/v1", "api_key": "unused", "model": model, "max_retries": 0}
+llm = ChatOpenAI(**SERVER, temperature=0, max_tokens=24, stream_usage=True)
 CAPITALS = {"France": "Paris", "Germany": "Berlin", "Japan": "Tokyo", "Spain": "Madrid"}
 
 
@@ -35,3 +35,24 @@ scored = llm.bind(logprobs=True, top_logprobs=2).invoke(question("France"))
 tokens = scored.response_metadata["logprobs"]["content"]
 assert "".join(token["token"] for token in tokens).startswith(scored.content), tokens
 assert all(len(token["top_logprobs"]) == 2 for token in tokens), tokens
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Get the current weather of a city."""
+
+
+caller = llm.bind_tools([get_weather])
+request = "What is the weather in Paris right now? Use the tool."
+called = caller.invoke(request)
+(call,) = called.tool_calls
+assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"}), call
+chunks = list(caller.stream(request))
+(streamed,) = sum(chunks[1:], chunks[0]).tool_calls
+assert (streamed["name"], streamed["args"]) == (call["name"], call["args"]), streamed
+
+items = ChatOpenAI(**SERVER, temperature=0, max_tokens=24, use_responses_api=True)
+answer = items.invoke(question("France"))
+assert "Paris" in answer.text, answer
+chunks = list(items.stream(question("France")))
+assert sum(chunks[1:], chunks[0]).text == answer.text, chunks

@@ -1,4 +1,4 @@
-"""LiteLLM: completion, streaming, async, text completion, errors. Arguments: the server's URL, the model's name."""
+"""LiteLLM: completion, streaming, async, text completion, tools, errors. Arguments: the server's URL, the model's name."""
 
 import asyncio
 import sys
@@ -41,6 +41,22 @@ completion = litellm.text_completion(
     model=f"text-completion-openai/{model}", prompt="1, 2, 3, 4, 5,", temperature=0, max_tokens=8, **SERVER
 )
 assert completion.choices[0].text.startswith(" 6, 7"), completion
+
+weather = {
+    "name": "get_weather",
+    "description": "Get the current weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+called = litellm.completion(
+    model=f"hosted_vllm/{model}",
+    messages=[{"role": "user", "content": "What is the weather in Paris?"}],
+    tools=[{"type": "function", "function": weather}],
+    temperature=0,
+    max_tokens=40,
+    **SERVER,
+)
+assert called.choices[0].finish_reason == "tool_calls", called
+assert called.choices[0].message.tool_calls[0].function.name == "get_weather", called
 
 # Its routers send what is too long to a model with more room.
 try:

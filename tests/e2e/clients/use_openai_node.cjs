@@ -1,4 +1,4 @@
-// OpenAI's client for Node: models, chat, streaming, errors. Arguments: the server's URL, the model's name.
+// OpenAI's client for Node: models, chat, streaming, responses, errors. Arguments: the server's URL, the model's name.
 const assert = require("node:assert");
 const { OpenAI, NotFoundError } = require("openai");
 
@@ -30,6 +30,15 @@ async function main() {
 
   const final = await client.chat.completions.stream({ ...options, n: 2 }).finalChatCompletion();
   assert.deepStrictEqual(final.choices.map((choice) => choice.message.content), [text, text]);
+
+  const response = await client.responses.create({ model, input: messages, temperature: 0, max_output_tokens: 24 });
+  assert.strictEqual(response.output_text, text);
+  const events = [];
+  for await (const event of await client.responses.create({ model, input: messages, temperature: 0, stream: true })) {
+    events.push(event.type);
+  }
+  assert.strictEqual(events[0], "response.created");
+  assert.strictEqual(events.at(-1), "response.completed");
 
   await assert.rejects(client.chat.completions.create({ ...options, model: "other" }), (error) => {
     assert.ok(error instanceof NotFoundError);

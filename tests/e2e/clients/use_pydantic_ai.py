@@ -1,18 +1,17 @@
-"""Pydantic AI: a text, whole and streamed. Arguments: the server's URL, the model's name."""
+"""Pydantic AI: a text, whole and streamed, a tool, and the Responses API. Arguments: the server's URL, the model's name."""
 
 import asyncio
 import sys
 
 from pydantic_ai import Agent
-from pydantic_ai.models.openai import OpenAIChatModel
+from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
 url, model = sys.argv[1:]
-agent = Agent(
-    OpenAIChatModel(model, provider=OpenAIProvider(base_url=f"{url}/v1", api_key="unused")),
-    instructions="Answer in one short sentence.",
-    model_settings={"temperature": 0, "max_tokens": 24},
-)
+provider = OpenAIProvider(base_url=f"{url}/v1", api_key="unused")
+SETTINGS = {"temperature": 0, "max_tokens": 24}
+INSTRUCTIONS = "Answer in one short sentence."
+agent = Agent(OpenAIChatModel(model, provider=provider), instructions=INSTRUCTIONS, model_settings=SETTINGS)
 QUESTION = "What is the capital of France?"
 
 answer = agent.run_sync(QUESTION)
@@ -30,3 +29,28 @@ async def stream():
 
 
 asyncio.run(stream())
+
+items = Agent(OpenAIResponsesModel(model, provider=provider), instructions=INSTRUCTIONS, model_settings=SETTINGS)
+assert "Paris" in items.run_sync(QUESTION).output
+
+cities = []
+
+
+async def once(context, definition):
+    """A model as small as this one would call again and again; nor does it always make sense of the result."""
+    return None if cities else definition
+
+
+caller = Agent(OpenAIChatModel(model, provider=provider), model_settings=SETTINGS)
+
+
+@caller.tool_plain(prepare=once)
+def get_current_weather(city: str) -> str:
+    """Get the current weather in a city."""
+    cities.append(city)
+    return "cloudy, 21 degrees"
+
+
+told = caller.run_sync("What is the weather in Paris?")
+assert cities == ["Paris"], cities
+assert told.output, told
