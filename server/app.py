@@ -60,7 +60,13 @@ def create_app(
     if settings.api_key:
         app.add_middleware(APIKeyMiddleware, keys=settings.api_key)
     if settings.cors_origin:
-        app.add_middleware(CORSMiddleware, allow_origins=list(settings.cors_origin), allow_methods=["*"], allow_headers=["*"])
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origin),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "openai-processing-ms", "retry-after"],
+        )
     app.add_middleware(ObservabilityMiddleware, serving=serving)
     return app
 

@@ -16,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from medusa_core.errors import CapacityError, EngineError, MedusaError, RequestError
-from server.errors import answer_for
+from server.errors import ANSWERS, answer_for
 from server.middleware import GUARDED_PATHS
 from server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from server.protocol.common import Body
@@ -37,10 +37,9 @@ E = TypeVar("E")
 class Operation:
     """What a route takes and gives.
 
-    answer: of status 200; None for an object whose keys the model's files decide. chunks: what events of a stream carry; end: data
-    of the last one, if it is not a chunk. errors:
-    statuses with an error object beside those of every route, of bodies and of API keys. unavailable: the answer of 503, if it is
-    not an error object. text: media type of an answer that is not JSON.
+    answer: of status 200; None for an object whose keys the model's files decide. text: media type of an answer that is not JSON.
+    chunks: what events of a stream carry; end: data of the last one, if it is not a chunk. errors: statuses with an error object
+    beside those of every route, of bodies and of API keys. unavailable: the answer of 503, if it is not an error object.
     """
 
     body: type[Body] | None = None
@@ -69,17 +68,14 @@ OPERATIONS = {
 
 _ERRORS_OF_BODIES = (400, 413)
 _API_KEY = "api_key"
+_NUMBER = {"type": "string", "pattern": "^[0-9]+$"}
 _HEADERS: Schema = {
     "x-request-id": {"description": "The request's own, or a new one.", "schema": {"type": "string"}},
-    "openai-processing-ms": {
-        "description": "Milliseconds from the request's arrival to its first answer.",
-        "schema": {"type": "string", "pattern": "^[0-9]+$"},
-    },
+    "openai-processing-ms": {"description": "Milliseconds from the request to the start of its answer.", "schema": _NUMBER},
+    "retry-after": {"description": "Seconds after which to try again.", "schema": _NUMBER},
+    "www-authenticate": {"schema": {"const": "Bearer"}},
 }
-_RETRY_AFTER: Schema = {
-    "retry-after": {"description": "Seconds after which to try again.", "schema": {"type": "string", "pattern": "^[0-9]+$"}}
-}
-_CHALLENGE: Schema = {"www-authenticate": {"schema": {"const": "Bearer"}}}
+_HEADERS_OF_STATUS = {503: ("retry-after",), 401: ("www-authenticate",)}
 _STREAM = "With `stream: true`, an event for each piece of it."
 # The first version that can describe events of a stream.
 _OPENAPI_VERSION = "3.2.0"
@@ -89,7 +85,8 @@ def complete(document: Schema, settings: ServerSettings) -> None:
     """Write what this server takes and gives, with its settings, into FastAPI's own document."""
     document["openapi"] = _OPENAPI_VERSION
     schemas = {**answer_schemas(), **body_schemas(allow_unknown=settings.allow_unknown_fields)}
-    document["components"] = {"schemas": schemas}
+    responses = {str(status): _error(status) for status in sorted({answer.status for answer in ANSWERS.values()})}
+    document["components"] = {"schemas": schemas, "responses": responses, "headers": _HEADERS}
     if settings.api_key:
         scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys of --api-key."}
         document["components"]["securitySchemes"] = {_API_KEY: scheme}
@@ -107,10 +104,12 @@ def _describe(route: Schema, operation: Operation, *, is_guarded: bool) -> None:
         route["security"] = [{_API_KEY: []}]
         statuses.add(401)
     # FastAPI's own promise, 422, is none of ours.
-    route["responses"] = {"200": _answer(operation)} | {str(status): _error(status) for status in sorted(statuses)}
+    route["responses"] = {"200": _answer(operation)} | {
+        str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)
+    }
     if operation.unavailable is not None:
         content = _json(_reference(operation.unavailable))
-        route["responses"]["503"] = {"description": "Not now.", "headers": _HEADERS, "content": content}
+        route["responses"]["503"] = {"description": "Not now.", "headers": _headers(), "content": content}
 
 
 def _answer(operation: Operation) -> Schema:
@@ -118,7 +117,7 @@ def _answer(operation: Operation) -> Schema:
         content: Schema = {operation.text: {"schema": {"type": "string"}}}
     else:
         content = _json({"type": "object"} if operation.answer is None else _reference(operation.answer))
-    answer: Schema = {"description": "The answer.", "headers": _HEADERS, "content": content}
+    answer: Schema = {"description": "The answer.", "headers": _headers(), "content": content}
     if operation.chunks:
         answer["description"] = f"The answer. {_STREAM}"
         content["text/event-stream"] = {"itemSchema": _event(operation)}
@@ -135,9 +134,14 @@ def _event(operation: Operation) -> Schema:
 
 def _error(status: int) -> Schema:
     codes = ", ".join(f"`{code}`" for code in sorted(_codes(status)))
-    headers = {**_HEADERS, **(_RETRY_AFTER if status == 503 else {}), **(_CHALLENGE if status == 401 else {})}
     description = f"{HTTPStatus(status).phrase}. Codes: {codes}."
+    headers = _headers(*_HEADERS_OF_STATUS.get(status, ()))
     return {"description": description, "headers": headers, "content": _json(_reference(ErrorBody))}
+
+
+def _headers(*others: str) -> Schema:
+    """Those of every answer, and others."""
+    return {name: {"$ref": f"#/components/headers/{name}"} for name in ("x-request-id", "openai-processing-ms", *others)}
 
 
 def _codes(status: int) -> set[str]:

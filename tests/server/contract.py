@@ -32,7 +32,7 @@ class Contract:
         answer = self._answer(path, method, response.status_code)
         for name, header in answer["headers"].items():
             assert name in response.headers, f"{name} is missing"
-            self.validate(response.headers[name], header["schema"])
+            self.validate(response.headers[name], self._resolved(header)["schema"])
         contents = {_essence(name): content for name, content in answer["content"].items()}
         media_type = _essence(response.headers["content-type"])
         assert media_type in contents, f"{media_type} is not described"
@@ -58,10 +58,16 @@ class Contract:
         if operations is None or method.lower() not in operations:
             # of every route, as documents have no place for what does not exist
             assert status in (401, 404, 405, 413)
-            return self._paths[re.compile("/v1/models")]["get"]["responses"]["500"]
+            return self._components["responses"]["500"]
         answers = operations[method.lower()]["responses"]
         assert str(status) in answers, f"{status} of {method} {path} is not described"
-        return answers[str(status)]
+        return self._resolved(answers[str(status)])
+
+    def _resolved(self, node):
+        if "$ref" not in node:
+            return node
+        _, _, kind, name = node["$ref"].split("/")
+        return self._components[kind][name]
 
 
 def _essence(media_type):

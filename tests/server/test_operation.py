@@ -138,6 +138,8 @@ async def test_cors_is_off_by_default(make_http):
     assert "access-control-allow-origin" not in response.headers
     http = await make_http(cors_origin=("http://page",), api_key=("k",))
     assert (await http.options("/v1/completions", headers=origin)).headers["access-control-allow-origin"] == "http://page"
+    page = await http.get("/health", headers={"origin": "http://page"})
+    assert "x-request-id" in page.headers["access-control-expose-headers"]
     other = await http.get("/health", headers={"origin": "http://other"})
     assert "access-control-allow-origin" not in other.headers
 
