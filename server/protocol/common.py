@@ -54,7 +54,7 @@ Logprobs = Annotated[Int32, ranged(0, MAX_LOGPROBS)]
 Penalty = Annotated[float, ranged(-2, 2)]
 RepetitionPenalty = Annotated[float, ranged(0.01, 100)]
 Temperature = Annotated[float, ranged(0, 2)]
-TopP = Annotated[float, Described({"exclusiveMinimum": 0, "maximum": 1})]
+Share = Annotated[float, Described({"exclusiveMinimum": 0, "maximum": 1})]
 # -1 is how other servers write "off".
 TopK = Annotated[Int32, Described({"minimum": -1})]
 MinP = Annotated[float, ranged(0, 1)]
@@ -156,8 +156,8 @@ class Speculative(Body):
     enabled: bool = True
     max_nodes: NumTokens | None = None
     acceptance: Literal["exact", "typical"] = "exact"
-    epsilon: float | None = None
-    delta: float | None = None
+    epsilon: Share | None = None
+    delta: Share | None = None
 
 
 class JsonSchemaFormat(Body):
@@ -198,7 +198,7 @@ class GenerationBody(Body):
     model: str
     max_tokens: NumTokens | None = None
     temperature: Temperature | None = None
-    top_p: TopP | None = None
+    top_p: Share | None = None
     n: Choices | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None

@@ -20,10 +20,10 @@ from server.protocol.common import (
     NumTokens,
     RepetitionPenalty,
     RequestMetrics,
+    Share,
     Speculative,
     Temperature,
     TopK,
-    TopP,
     invalid,
     only,
 )
@@ -177,7 +177,7 @@ class ResponsesBody(Body):
     instructions: str | None = None
     max_output_tokens: NumTokens | None = None
     temperature: Temperature | None = None
-    top_p: TopP | None = None
+    top_p: Share | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     tools: Annotated[list[FunctionTool], Field(fail_fast=True), BeforeValidator(_check_tool_kinds)] | None = None

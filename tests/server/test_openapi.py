@@ -88,6 +88,17 @@ async def test_its_ranges_are_those_that_are_enforced(make_http, path):
     assert num_values > 15
 
 
+async def test_ranges_of_typical_acceptance_are_those_that_are_enforced(make_http):
+    http = await make_http()
+    schema = (await document_of(http))["components"]["schemas"]["Speculative"]
+    for field in ("epsilon", "delta"):
+        checks = list(bounds(schema["properties"][field]))
+        assert len(checks) == 4
+        for value, is_allowed in checks:
+            body = {**BASES[CHAT], "speculative": {"acceptance": "typical", field: value}}
+            assert ((await http.post(CHAT, json=body)).status_code == 200) is is_allowed
+
+
 @pytest.mark.parametrize("name", ["temperature", "top_p", "seed", "stream", "stream_options", "speculative"])
 async def test_fields_may_be_null(make_http, name):
     http = await make_http()
