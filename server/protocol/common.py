@@ -182,10 +182,13 @@ def _check_schema(value: object) -> object:
     return value
 
 
+SchemaOrText = Annotated[Any, BeforeValidator(_check_schema), WithJsonSchema({"type": ["object", "string", "null"]})]
+
+
 class StructuredOutputs(Body):
     """The form of the output, as vLLM names it: one of these. grammar: in the notation of Lark or of llama.cpp (GBNF)."""
 
-    json_schema: Annotated[Any, BeforeValidator(_check_schema)] = Field(default=None, alias="json")
+    json_schema: SchemaOrText = Field(default=None, alias="json")
     regex: str | None = None
     choice: Annotated[list[str], Field(fail_fast=True)] | None = None
     grammar: str | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+from pydantic import BaseModel
 
 from tests.e2e.server_process import MODEL, REQUEST_TIMEOUT_S, ROOT, Server
 
@@ -19,6 +20,8 @@ pytestmark = [pytest.mark.demo, pytest.mark.long]
 
 INSTALLED = ROOT / "build" / "clients"
 SCRIPTS = Path(__file__).parent / "clients"
+# A bound against hanging.
+CLIENT_TIMEOUT_S = 600
 CAPITAL = [{"role": "user", "content": "What is the capital of France? Answer in one short sentence."}]
 OPTIONS = {"model": MODEL, "messages": CAPITAL, "temperature": 0, "max_tokens": 24}
 # Model prices and data sets would be fetched; all that is needed is here.
@@ -35,7 +38,13 @@ def run(*command: object, cwd: Path | None = None, **environment: object) -> Non
     """Run a client to its end. What it prints is shown if it fails."""
     variables = {**os.environ, **OFFLINE, **{name: str(value) for name, value in environment.items()}}
     done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [str(word) for word in command],
+        cwd=cwd,
+        env=variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=CLIENT_TIMEOUT_S,
     )
     assert done.returncode == 0, done.stdout
 
@@ -57,6 +66,21 @@ def test_openai_streaming_helper(server: Server):
     assert len(deltas) > 2
     assert [choice.finish_reason for choice in final.choices] == ["stop", "stop"]
     assert all("Paris" in choice.message.content for choice in final.choices)
+
+
+class Capital(BaseModel):
+    country: str
+    capital: str
+
+
+def test_openai_parse(server: Server):
+    sdk = server.sdk()
+    options = {**OPTIONS, "response_format": Capital, "max_tokens": 40}
+    assert sdk.chat.completions.parse(**options).choices[0].message.parsed.capital == "Paris"
+    with sdk.chat.completions.stream(**options) as stream:
+        assert stream.get_final_completion().choices[0].message.parsed.capital == "Paris"
+    response = sdk.responses.parse(model=MODEL, input=CAPITAL, text_format=Capital, temperature=0, max_output_tokens=40)
+    assert response.output_parsed.capital == "Paris"
 
 
 @pytest.mark.parametrize("client", ["langchain", "litellm", "pydantic_ai"])

@@ -18,6 +18,10 @@ KEY = "key"
 NOT_CHECKED = "positive_data_acceptance"
 
 
+# A bound against hanging.
+TIMEOUT_S = 1200
+
+
 @pytest.mark.parametrize("num_examples", [25, pytest.param(400, marks=pytest.mark.long)])
 def test_made_up_requests_get_answers_as_described(tmp_path, num_examples):
     with serve_in_thread(FakeClient(), api_key=(KEY,), log_level="error") as url:
@@ -31,6 +35,7 @@ def test_made_up_requests_get_answers_as_described(tmp_path, num_examples):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            timeout=TIMEOUT_S,
         )
         assert done.returncode == 0, done.stdout
         # The requests were not all refused.

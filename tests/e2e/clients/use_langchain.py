@@ -1,9 +1,10 @@
-"""LangChain: invoke, stream, batch, tools, and the Responses API. Arguments: the server's URL, the model's name."""
+"""LangChain: invoke, stream, batch, tools, structured output, and the Responses API. Arguments: URL and model."""
 
 import sys
 
 from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI
+from pydantic import BaseModel
 
 url, model = sys.argv[1:]
 SERVER = {"base_url": f"{url}/v1", "api_key": "unused", "model": model, "max_retries": 0}
@@ -50,6 +51,15 @@ assert (call["name"], call["args"]) == ("get_weather", {"city": "Paris"}), call
 chunks = list(caller.stream(request))
 (streamed,) = sum(chunks[1:], chunks[0]).tool_calls
 assert (streamed["name"], streamed["args"]) == (call["name"], call["args"]), streamed
+
+
+class Capital(BaseModel):
+    country: str
+    capital: str
+
+
+form = ChatOpenAI(**SERVER, temperature=0, max_tokens=40).with_structured_output(Capital, method="json_schema")
+assert form.invoke("What is the capital of France?").capital == "Paris"
 
 items = ChatOpenAI(**SERVER, temperature=0, max_tokens=24, use_responses_api=True)
 answer = items.invoke(question("France"))

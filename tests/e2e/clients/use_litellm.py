@@ -1,9 +1,10 @@
-"""LiteLLM: completion, streaming, async, text completion, tools, errors. Arguments: the server's URL, the model's name."""
+"""LiteLLM: completion, streaming, async, text completion, tools, structured output, errors. Arguments: URL and model."""
 
 import asyncio
 import sys
 
 import litellm
+from pydantic import BaseModel
 
 url, model = sys.argv[1:]
 SERVER = {"api_base": f"{url}/v1", "api_key": "unused", "max_retries": 0}
@@ -57,6 +58,15 @@ called = litellm.completion(
 )
 assert called.choices[0].finish_reason == "tool_calls", called
 assert called.choices[0].message.tool_calls[0].function.name == "get_weather", called
+
+
+class Capital(BaseModel):
+    country: str
+    capital: str
+
+
+formed = litellm.completion(model=f"hosted_vllm/{model}", response_format=Capital, **{**OPTIONS, "max_tokens": 40}, **SERVER)
+assert Capital.model_validate_json(formed.choices[0].message.content).capital == "Paris", formed
 
 # Its routers send what is too long to a model with more room.
 try:

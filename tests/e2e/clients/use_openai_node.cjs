@@ -1,4 +1,4 @@
-// OpenAI's client for Node: models, chat, streaming, responses, errors. Arguments: the server's URL, the model's name.
+// OpenAI's client for Node: models, chat, streaming, responses, errors. Arguments: URL and model.
 const assert = require("node:assert");
 const { OpenAI, NotFoundError } = require("openai");
 

@@ -1,9 +1,10 @@
-"""Pydantic AI: a text, whole and streamed, a tool, and the Responses API. Arguments: the server's URL, the model's name."""
+"""Pydantic AI: a text, whole and streamed, a tool, structured output, and the Responses API. Arguments: URL and model."""
 
 import asyncio
 import sys
 
-from pydantic_ai import Agent
+from pydantic import BaseModel
+from pydantic_ai import Agent, NativeOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -32,6 +33,17 @@ asyncio.run(stream())
 
 items = Agent(OpenAIResponsesModel(model, provider=provider), instructions=INSTRUCTIONS, model_settings=SETTINGS)
 assert "Paris" in items.run_sync(QUESTION).output
+
+
+class Capital(BaseModel):
+    country: str
+    capital: str
+
+
+form = Agent(
+    OpenAIChatModel(model, provider=provider), output_type=NativeOutput(Capital), model_settings={**SETTINGS, "max_tokens": 40}
+)
+assert form.run_sync(QUESTION).output.capital == "Paris"
 
 cities = []
 
