@@ -36,7 +36,8 @@ def program(path: Path) -> Path:
 
 def run(*command: object, cwd: Path | None = None, **environment: object) -> None:
     """Run a client to its end. What it prints is shown if it fails."""
-    variables = {**os.environ, **OFFLINE, **{name: str(value) for name, value in environment.items()}}
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    variables = {**inherited, **OFFLINE, **{name: str(value) for name, value in environment.items()}}
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
