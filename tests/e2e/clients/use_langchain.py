@@ -58,8 +58,9 @@ class Capital(BaseModel):
     capital: str
 
 
-form = ChatOpenAI(**SERVER, temperature=0, max_tokens=40).with_structured_output(Capital, method="json_schema")
-assert form.invoke("What is the capital of France?").capital == "Paris"
+for method in ("json_schema", "function_calling"):
+    form = ChatOpenAI(**SERVER, temperature=0, max_tokens=40).with_structured_output(Capital, method=method)
+    assert form.invoke("What is the capital of France?").capital == "Paris"
 
 items = ChatOpenAI(**SERVER, temperature=0, max_tokens=24, use_responses_api=True)
 answer = items.invoke(question("France"))

@@ -4,7 +4,7 @@ import asyncio
 import sys
 
 from pydantic import BaseModel
-from pydantic_ai import Agent, NativeOutput
+from pydantic_ai import Agent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
 
@@ -40,10 +40,10 @@ class Capital(BaseModel):
     capital: str
 
 
-form = Agent(
-    OpenAIChatModel(model, provider=provider), output_type=NativeOutput(Capital), model_settings={**SETTINGS, "max_tokens": 40}
-)
-assert form.run_sync(QUESTION).output.capital == "Paris"
+# by the form of the text, and by a call that is demanded
+for form in (NativeOutput(Capital), ToolOutput(Capital)):
+    former = Agent(OpenAIChatModel(model, provider=provider), output_type=form, model_settings={**SETTINGS, "max_tokens": 40})
+    assert former.run_sync(QUESTION).output.capital == "Paris"
 
 cities = []
 
