@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
 
@@ -20,15 +19,17 @@ from medusa_core.model.sequential_heads import SequentialHeads
 from medusa_core.scheduler.controller import tree_sizes
 from medusa_core.speculation.lookup import lookup_tokens
 from medusa_core.training.answers import Answer
-from medusa_core.tree.merge import MAX_LOOKUP_DEPTH, merge_observed
+from medusa_core.tree.merge import MAX_LOOKUP_DEPTH
 from medusa_core.tree.search import best_observed_tree
-from medusa_core.tree.topology import MAX_NODES, Choice, TreeTopology
+from medusa_core.tree.topology import MAX_NODES, Choice, TreeTopology, lookup_chain
 
 # Positions whose draft logits are in memory at once.
 _MAX_ROWS = 256
 # The tree for which steps are followed when the best one is looked for, and how often that is repeated.
 _TYPICAL_NODES = 16
 _TREE_ROUNDS = 3
+# With lookup the places matter for the order of the heads' nodes alone.
+_LOOKUP_ROUNDS = 1
 # What drafting a further level takes, in tokens emitted in that time: sequential heads read their weights once a level. Rather less
 # than it was measured to be for the demo model's on an H100: 35 to 43 us of a step of 0.9 ms that emits 2.2 tokens, which is 0.1.
 _LEVEL_COST = 0.07
@@ -130,7 +131,9 @@ def calibrate(
     level_cost = _LEVEL_COST if isinstance(heads, SequentialHeads) and heads.shape.is_sequential else 0.0
     tree, acceptance = _in_rounds(measured, lambda starts: _tree_for(measured, ranks, starts, num_candidates, level_cost))
     lookup_tree, lookup_gains = _in_rounds(
-        measured, lambda starts: _lookup_tree_for(measured, ranks, starts, num_candidates, level_cost)
+        measured,
+        lambda starts: _lookup_tree_for(measured, ranks, starts, num_candidates, level_cost),
+        num_rounds=_LOOKUP_ROUNDS,
     )
     calibration = Calibration(
         rank_accuracy=_rank_accuracy(torch.cat(ranks), num_candidates),
@@ -150,10 +153,15 @@ def tokens_per_step(tree: TreeTopology, answers: Sequence[MeasuredAnswer]) -> fl
     return sum(len(answer.paths) for answer in answers) / num_steps
 
 
-def _in_rounds(measured: Sequence[MeasuredAnswer], choose: Callable[[Sequence[Sequence[int]]], _ValuedTree]) -> _ValuedTree:
+def _in_rounds(
+    measured: Sequence[MeasuredAnswer],
+    choose: Callable[[Sequence[Sequence[int]]], _ValuedTree],
+    *,
+    num_rounds: int = _TREE_ROUNDS,
+) -> _ValuedTree:
     """What `choose` makes of the places at which steps with its own tree start, by answer."""
     chosen = choose([range(len(answer.paths)) for answer in measured])
-    for _ in range(_TREE_ROUNDS):
+    for _ in range(num_rounds):
         typical = chosen[0].prefix(_TYPICAL_NODES)
         chosen = choose([list(answer.steps(typical)) for answer in measured])
     return chosen
@@ -179,26 +187,28 @@ def _lookup_tree_for(
     num_candidates: int,
     level_cost: float,
 ) -> _ValuedTree:
-    """The best tree with prompt lookup for steps that start at these places, and the gains of its nodes.
+    """The best tree with prompt lookup, and the gains of its nodes.
 
-    Heads are there for what lookup does not have, so their nodes are ordered by the places where it misses.
+    Heads are there for what lookup does not have, so their nodes are in the order that is best for steps that start at those of
+    these places where it misses. From one size of steps to the next, the tree grows by the division between heads and chain that
+    needs the fewest steps: a chain may pay only in the whole. Gains are alike in between.
     """
     missed = [[at for at in places if answer.lookup_lens[at] == 0] for answer, places in zip(measured, starts, strict=True)]
     heads_tree, _ = _tree_for(measured, ranks, missed if any(missed) else starts, num_candidates, level_cost)
-    places = ((answer.paths[at], answer.lookup_lens[at]) for answer, places in zip(measured, starts, strict=True) for at in places)
-    tree = merge_observed(heads_tree, places, MAX_NODES)
-    return tree, _gains(tree, measured)
-
-
-def _gains(tree: TreeTopology, measured: Sequence[MeasuredAnswer]) -> tuple[float, ...]:
-    """What each draft node adds to the tokens of a step: those between two sizes that steps have alike, as a chain pays only in the
-    whole, and each size by where steps of that size start."""
-    sizes = tree_sizes(tree.num_nodes)
-    expected = [tokens_per_step(tree.prefix(size), measured) for size in sizes]
+    heads, chain = heads_tree.choices, lookup_chain(MAX_LOOKUP_DEPTH)
+    tree, expected = TreeTopology(()), 1.0
     gains: list[float] = []
-    for (size, larger), (before, after) in zip(itertools.pairwise(sizes), itertools.pairwise(expected), strict=True):
-        gains += [max(after - before, 0.0) / (larger - size)] * (larger - size)
-    return tuple(gains)
+    for size in tree_sizes(min(1 + len(heads) + len(chain), MAX_NODES))[1:]:
+        num_used, depth, num_more = tree.num_nodes - 1 - tree.lookup_depth, tree.lookup_depth, size - tree.num_nodes
+        divisions = [
+            TreeTopology((*tree.choices, *heads[num_used : num_used + num_more - num_chain], *chain[depth : depth + num_chain]))
+            for num_chain in range(num_more + 1)
+            if num_used + num_more - num_chain <= len(heads) and depth + num_chain <= len(chain)
+        ]
+        tree = max(divisions, key=lambda division: tokens_per_step(division, measured))
+        before, expected = expected, tokens_per_step(tree, measured)
+        gains += [max(expected - before, 0.0) / num_more] * num_more
+    return tree, tuple(gains)
 
 
 def _rank_accuracy(ranks_NK: Tensor, num_candidates: int) -> tuple[tuple[float, ...], ...]:

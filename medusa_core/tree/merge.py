@@ -7,11 +7,9 @@ that, its *gain*, which depends on the nodes before it: a step with the first n 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
-import numpy as np
-
-from medusa_core.tree.topology import LOOKUP, Choice, TreeTopology, is_lookup, lookup_chain
+from medusa_core.tree.topology import Choice, TreeTopology, is_lookup, lookup_chain
 
 # Longest chain that is offered: a step's room, results and histograms are made for the deepest path. 16 levels with the root.
 MAX_LOOKUP_DEPTH = 15
@@ -22,53 +20,14 @@ TYPICAL_LOOKUP: tuple[float, ...] = (
 )  # fmt: skip
 
 
-def merge_observed(
-    tree: TreeTopology, places: Iterable[tuple[Choice, int]], num_nodes: int, *, max_depth: int = MAX_LOOKUP_DEPTH
-) -> TreeTopology:
-    """The tree of at most `num_nodes` nodes, root included, that grows by what adds most at the places observed.
-
-    The next piece is the one with most gain per node: some nodes of `tree`, whose order stays, or some of the chain. A piece is as
-    long as it needs to be, since what comes first may be worth little by itself.
-
-    Args:
-        tree: of heads only.
-        places: what both get right where steps start, at least one: the ranks of the right tokens in the heads' lists
-            (`best_observed_tree`), and the number of tokens that lookup has right.
-        max_depth: of the chain.
-    """
-    paths, lookup_lens = zip(*places, strict=True)
-    # shapes: S places
-    lookup_S = np.array(lookup_lens)
-    head_S = np.zeros(len(paths), dtype=np.int64)
-    reached_by = [_reached(choice, paths) for choice in tree.choices]
-    choices: list[Choice] = []
-    num_heads_nodes = depth = 0
-    while num_left := num_nodes - 1 - len(choices):
-        now_S = np.maximum(head_S, np.minimum(lookup_S, depth))
-        pieces: list[tuple[float, int, bool]] = []
-        longer_S = head_S
-        for length, reached_S in enumerate(reached_by[num_heads_nodes : num_heads_nodes + num_left], start=1):
-            longer_S = np.maximum(longer_S, reached_S)
-            pieces.append((float((np.maximum(longer_S, now_S) - now_S).mean()) / length, length, False))
-        for length in range(1, min(max_depth - depth, num_left) + 1):
-            deeper_S = np.minimum(lookup_S, depth + length)
-            pieces.append((float((np.maximum(deeper_S, now_S) - now_S).mean()) / length, length, True))
-        if not pieces:
-            break
-        # the shortest of equally good ones, and heads before the chain
-        _, length, is_chain = max(pieces, key=lambda piece: (piece[0], -piece[1]))
-        if is_chain:
-            choices += [(LOOKUP,) * (depth + number) for number in range(1, length + 1)]
-            depth += length
-        else:
-            choices += tree.choices[num_heads_nodes : num_heads_nodes + length]
-            head_S = np.maximum.reduce([head_S, *reached_by[num_heads_nodes : num_heads_nodes + length]])
-            num_heads_nodes += length
-    return TreeTopology(tuple(choices))
-
-
 def merge_typical(tree: TreeTopology, acceptance: Sequence[float], num_nodes: int) -> tuple[TreeTopology, tuple[float, ...]]:
-    """The same without observations: by how often the nodes of `tree` are accepted, and how good lookup typically is."""
+    """The tree of at most `num_nodes` nodes, root included, that takes next what has the larger gain, a node of `tree` or one of
+    the chain: by how often the nodes of `tree` are accepted, and how good lookup typically is. training/measure.py does better,
+    from what was observed.
+
+    Returns:
+        The tree, and the gains of its draft nodes.
+    """
     heads, chain = list(zip(tree.choices, acceptance, strict=True)), list(_typical_chain())
     shares = _Shares()
     choices: list[Choice] = []
@@ -112,8 +71,3 @@ class _Shares:
 
 def _typical_chain() -> Iterator[tuple[Choice, float]]:
     return zip(lookup_chain(MAX_LOOKUP_DEPTH), TYPICAL_LOOKUP, strict=True)
-
-
-def _reached(choice: Choice, paths: Sequence[Choice]) -> np.ndarray:
-    """Tokens that the node accepts, with those above it, at each place: its depth or 0."""
-    return np.array([len(choice) if path[: len(choice)] == choice else 0 for path in paths], dtype=np.int64)
