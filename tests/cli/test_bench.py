@@ -100,7 +100,7 @@ def test_throughput_writes_results_report_and_plots(bench, tiny, questions, tmp_
 def test_latency_writes_results_report_and_plots(bench, tiny, tmp_path):
     code, out, err = bench(
         "latency", "--lanes", "1,3", "--context-len", "10", "--num-steps", "3", "--prompt-lens", "8,4096",
-        "--output", str(tmp_path), "--no-plots", *tiny,
+        "--output", str(tmp_path), "--no-plots", "--no-prompt-lookup", *tiny,
     )  # fmt: skip
     assert code == 0, err
     figures = json.loads((tmp_path / "results.json").read_text())["figures"]
@@ -134,7 +134,7 @@ def test_latency_writes_results_report_and_plots(bench, tiny, tmp_path):
         (["throughput", "--synthetic", "8x8", "--max-tokens", "256"], "--max-tokens"),
         (["throughput", "--synthetic", "8x8", "--top-p", "0.9"], "--top-p"),
         (["throughput", "--synthetic", "8x8", "--variants", "plain", "--tree", "mc_sim_7b_63"], "--tree"),
-        (["throughput", "--synthetic", "8x8", "--variants", "plain,tree-4", "--heads", "none"], "--heads"),
+        (["throughput", "--synthetic", "8x8", "--variants", "plain,tree-4", "--heads", "none", "--no-prompt-lookup"], "--heads"),
         (["throughput", "--synthetic", "8x8", "--tree", "oak"], "oak"),
         (["latency", "--lanes", "0"], "--lanes"),
         (["latency", "--heads", "none", "--tree", "mc_sim_7b_63"], "--heads"),
