@@ -1,8 +1,7 @@
 """The two ends of a decode step over lane state: what the model is given, and what becomes of its draws.
 
-`gather_roots` reads what heads draft from, `pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens
-drawn down the tree, cuts the path at stop ids and limits, and writes it to the lane. References: runtime/runner.py and
-speculation/verify.py, which do the same in torch.
+`pack_trees` lays out each lane's tree as packed rows. `walk_trees` follows the tokens drawn down the tree, cuts the path at stop
+ids and limits, and writes it to the lane. References: runtime/runner.py and speculation/verify.py, which do the same in torch.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · P lanes of the runner · L levels (max depth + 1) · W stop ids ·
 X block-table width · E hidden · R lists of candidates · C candidates per list · J keys of matches.
@@ -208,52 +207,6 @@ def _walk_kernel(
             column = start + tl.arange(0, hidden_block)
             values = tl.load(hidden + row * hidden_size + column, mask=column < hidden_size)
             tl.store(lane_hidden + lane * hidden_size + column, values, mask=column < hidden_size)
-
-
-@triton.jit
-def _roots_kernel(
-    lane_ptr,
-    num_known,
-    tokens,
-    tokens_stride,
-    lane_hidden,
-    out_hidden,
-    out_root,
-    E: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """One lane. Grid (B,)."""
-    follow_on(USE_PDL)
-    b = tl.program_id(0).to(tl.int64)
-    lane = tl.load(lane_ptr + b)
-    e_E = tl.arange(0, BLOCK_E)
-    hidden_E = tl.load(lane_hidden + lane * E + e_E, mask=e_E < E)
-    tl.store(out_hidden + b * E + e_E, hidden_E, mask=e_E < E)
-    tl.store(out_root + b, tl.load(tokens + lane * tokens_stride + tl.load(num_known + lane) - 1))
-
-
-def gather_roots(
-    lane_B: Tensor, *, num_known_P: Tensor, tokens_PL: Tensor, hidden_PE: Tensor, use_pdl: bool = False
-) -> tuple[Tensor, Tensor]:
-    """What is drafted from, of the lanes in lane_B: the hidden states [B, E], and the roots' tokens, int64 [B]."""
-    num_lanes, hidden_size = lane_B.shape[0], hidden_PE.shape[1]
-    hidden_BE = hidden_PE.new_empty(num_lanes, hidden_size)
-    root_B = torch.empty_like(lane_B)
-    _roots_kernel[(num_lanes,)](
-        lane_B,
-        num_known_P,
-        tokens_PL,
-        tokens_PL.stride(0),
-        hidden_PE,
-        hidden_BE,
-        root_B,
-        E=hidden_size,
-        BLOCK_E=triton.next_power_of_2(hidden_size),
-        USE_PDL=use_pdl,
-        **launch_options(use_pdl),
-    )
-    return hidden_BE, root_B
 
 
 def pack_trees(

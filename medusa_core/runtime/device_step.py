@@ -22,10 +22,11 @@ from medusa_core.kernels.attention import SplitWorkspace
 from medusa_core.kernels.kv_cache import commit_path
 from medusa_core.kernels.lookup import match_suffixes
 from medusa_core.kernels.penalties import penalize_nodes
+from medusa_core.kernels.roots import gather_roots
 from medusa_core.kernels.sampling import draw_rows
 from medusa_core.kernels.token_mask import mask_tokens_
 from medusa_core.kernels.topk import argmax_rows
-from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, gather_roots, pack_trees, walk_trees
+from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, pack_trees, walk_trees
 from medusa_core.kernels.typical import take_typical_paths
 from medusa_core.plan import PrefillChunk
 from medusa_core.runtime.kv_store import KVStore

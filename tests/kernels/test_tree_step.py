@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from medusa_core.kernels.lookup import match_suffixes
-from medusa_core.kernels.tree_step import gather_roots, pack_trees, walk_trees
+from medusa_core.kernels.roots import gather_roots
+from medusa_core.kernels.tree_step import pack_trees, walk_trees
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.sampler import SamplingRows
 from medusa_core.speculation.device_tree import DeviceTree
