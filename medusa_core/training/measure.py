@@ -28,8 +28,6 @@ _MAX_ROWS = 256
 # The tree for which steps are followed when the best one is looked for, and how often that is repeated.
 _TYPICAL_NODES = 16
 _TREE_ROUNDS = 3
-# With lookup the places matter for the order of the heads' nodes alone.
-_LOOKUP_ROUNDS = 1
 # What drafting a further level takes, in tokens emitted in that time: sequential heads read their weights once a level. Rather less
 # than it was measured to be for the demo model's on an H100: 35 to 43 us of a step of 0.9 ms that emits 2.2 tokens, which is 0.1.
 _LEVEL_COST = 0.07
@@ -130,11 +128,7 @@ def calibrate(
         raise ConfigError("No answer is longer than one token, so there is nothing to measure.", hint="Use other prompts.")
     level_cost = _LEVEL_COST if isinstance(heads, SequentialHeads) and heads.shape.is_sequential else 0.0
     tree, acceptance = _in_rounds(measured, lambda starts: _tree_for(measured, ranks, starts, num_candidates, level_cost))
-    lookup_tree, lookup_gains = _in_rounds(
-        measured,
-        lambda starts: _lookup_tree_for(measured, ranks, starts, num_candidates, level_cost),
-        num_rounds=_LOOKUP_ROUNDS,
-    )
+    lookup_tree, lookup_gains = _lookup_tree_for(measured, ranks, num_candidates, level_cost)
     calibration = Calibration(
         rank_accuracy=_rank_accuracy(torch.cat(ranks), num_candidates),
         num_tokens=sum(len(answer.paths) for answer in measured),
@@ -153,15 +147,10 @@ def tokens_per_step(tree: TreeTopology, answers: Sequence[MeasuredAnswer]) -> fl
     return sum(len(answer.paths) for answer in answers) / num_steps
 
 
-def _in_rounds(
-    measured: Sequence[MeasuredAnswer],
-    choose: Callable[[Sequence[Sequence[int]]], _ValuedTree],
-    *,
-    num_rounds: int = _TREE_ROUNDS,
-) -> _ValuedTree:
+def _in_rounds(measured: Sequence[MeasuredAnswer], choose: Callable[[Sequence[Sequence[int]]], _ValuedTree]) -> _ValuedTree:
     """What `choose` makes of the places at which steps with its own tree start, by answer."""
     chosen = choose([range(len(answer.paths)) for answer in measured])
-    for _ in range(num_rounds):
+    for _ in range(_TREE_ROUNDS):
         typical = chosen[0].prefix(_TYPICAL_NODES)
         chosen = choose([list(answer.steps(typical)) for answer in measured])
     return chosen
@@ -181,20 +170,17 @@ def _tree_for(
 
 
 def _lookup_tree_for(
-    measured: Sequence[MeasuredAnswer],
-    ranks: Sequence[Tensor],
-    starts: Sequence[Sequence[int]],
-    num_candidates: int,
-    level_cost: float,
+    measured: Sequence[MeasuredAnswer], ranks: Sequence[Tensor], num_candidates: int, level_cost: float
 ) -> _ValuedTree:
     """The best tree with prompt lookup, and the gains of its nodes.
 
-    Heads are there for what lookup does not have, so their nodes are in the order that is best for steps that start at those of
-    these places where it misses. From one size of steps to the next, the tree grows by the division between heads and chain that
-    needs the fewest steps: a chain may pay only in the whole. Gains are alike in between.
+    Heads are there for what lookup does not have, so their nodes are in the order that is best for all places where it misses. From
+    one size of steps to the next, the tree grows by the division between heads and chain that needs the fewest steps: a chain may
+    pay only in the whole. Gains are alike in between.
     """
-    missed = [[at for at in places if answer.lookup_lens[at] == 0] for answer, places in zip(measured, starts, strict=True)]
-    heads_tree, _ = _tree_for(measured, ranks, missed if any(missed) else starts, num_candidates, level_cost)
+    places = [range(len(answer.paths)) for answer in measured]
+    missed = [[at for at, length in enumerate(answer.lookup_lens) if length == 0] for answer in measured]
+    heads_tree, _ = _tree_for(measured, ranks, missed if any(missed) else places, num_candidates, level_cost)
     heads, chain = heads_tree.choices, lookup_chain(MAX_LOOKUP_DEPTH)
     tree, expected = TreeTopology(()), 1.0
     gains: list[float] = []
