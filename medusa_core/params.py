@@ -53,6 +53,7 @@ class SamplingParams:
         looks at probabilities before top_k, top_p and min_p, so it cannot be combined with them.
     grammar: only tokens that continue a text of it can be drawn, and EOS only at the end of one. Then `min_tokens` holds back the
         end only where the grammar has another way to go on, and EOS cannot be ignored.
+    prediction: what the output may be, in tokens. It is drafted from (speculation/lookup.py), and never changes the tokens.
     max_nodes: most nodes of this request's trees, root included; None leaves it to the engine. It never changes the tokens.
     is_speculation_enabled: False decodes this request one token per step. It never changes the tokens.
     """
@@ -75,6 +76,7 @@ class SamplingParams:
     n: int = 1
     typical_acceptance: tuple[float, float] | None = None
     grammar: Grammar | None = None
+    prediction: tuple[int, ...] = ()
     max_nodes: int | None = None
     is_speculation_enabled: bool = True
 

@@ -207,11 +207,12 @@ def _job(
     if len(prompts) * n > MAX_CHOICES:
         message = f"n times the number of prompts must be at most {MAX_CHOICES}, got {n} x {len(prompts)}."
         raise InvalidParameterError(message, param="n")
+    prediction = _prediction(body, model)
     requests = [
         EngineRequest(
             request_id=f"{request_id}-{index}",
             prompt_token_ids=prompt,
-            params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info, grammar),
+            params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info, grammar, prediction),
             priority=body.priority or 0,
             arrival_s=arrival_s,
         )
@@ -238,7 +239,18 @@ def _max_tokens(body: GenerationBody, prompt: list[int], info: EngineInfo) -> in
     return (room if is_chat else min(room, DEFAULT_COMPLETION_TOKENS)) if asked is None else asked
 
 
-def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo, grammar: Grammar | None) -> SamplingParams:
+def _prediction(body: GenerationBody, model: ServedModel) -> tuple[int, ...]:
+    """What the output may be, as far as there is room for it."""
+    if not isinstance(body, ChatBody) or body.prediction is None:
+        return ()
+    content = body.prediction.content
+    text = content if isinstance(content, str) else "".join(part["text"] for part in content)
+    return tuple(model.text.encode(text, add_special_tokens=False)[: model.info.max_model_len])
+
+
+def _sampling_params(
+    body: GenerationBody, max_tokens: int, info: EngineInfo, grammar: Grammar | None, prediction: tuple[int, ...]
+) -> SamplingParams:
     """Null and absent fields take `SamplingParams`' defaults, which are the API's. Raises InvalidParameterError."""
     stop_token_ids = body.stop_token_ids or []
     for field, token_ids in (("stop_token_ids", stop_token_ids), ("logit_bias", body.logit_bias)):
@@ -260,6 +272,7 @@ def _sampling_params(body: GenerationBody, max_tokens: int, info: EngineInfo, gr
         num_logprobs=body.num_logprobs,
         num_prompt_logprobs=body.num_prompt_logprobs,
         grammar=grammar,
+        prediction=prediction,
         **_speculation(body.speculative or Speculative()),
     )
 

@@ -18,7 +18,8 @@ from medusa_core.text import OutputText
 from medusa_core.text.tool_calls import CallEvent
 from server.convert import Job
 from server.metrics import EngineMetrics
-from server.protocol.common import PromptTokensDetails, RequestMetrics, Usage
+from server.prediction import PredictionCount
+from server.protocol.common import CompletionTokensDetails, PromptTokensDetails, RequestMetrics, Usage
 from server.record import RequestRecord
 
 
@@ -48,6 +49,7 @@ class _Choice:
     idx: int
     index: int
     output: OutputText
+    prediction: PredictionCount | None
     is_open: bool = True
     is_running: bool = True
     last_delta_s: float | None = None
@@ -75,7 +77,13 @@ class Generation:
         self._requests = job.requests
         self._metrics = metrics
         self._choices = {
-            (request.request_id, idx): _Choice(request, idx, prompt_idx * job.n + idx, new_output(request.prompt_token_ids))
+            (request.request_id, idx): _Choice(
+                request,
+                idx,
+                prompt_idx * job.n + idx,
+                new_output(request.prompt_token_ids),
+                PredictionCount(request.params.prediction) if request.params.prediction else None,
+            )
             for prompt_idx, request in enumerate(job.requests)
             for idx in range(job.n)
         }
@@ -107,8 +115,15 @@ class Generation:
     def usage(self) -> Usage:
         num_prompt = sum(len(request.prompt_token_ids) for request in self._requests)
         num_completion = self._num_completion_tokens
+        predictions = [choice.prediction for choice in self._choices.values() if choice.prediction is not None]
         details = PromptTokensDetails(sum(self._cached_tokens.values()))
-        return Usage(num_prompt, num_completion, num_prompt + num_completion, details)
+        usage = Usage(num_prompt, num_completion, num_prompt + num_completion, details)
+        if predictions:
+            usage.completion_tokens_details = CompletionTokensDetails(
+                sum(prediction.num_accepted for prediction in predictions),
+                sum(prediction.num_rejected for prediction in predictions),
+            )
+        return usage
 
     @property
     def request_metrics(self) -> RequestMetrics | None:
@@ -173,6 +188,8 @@ class Generation:
             text += added.text
             calls += added.calls
             self._num_completion_tokens += added.num_tokens
+            if choice.prediction is not None:
+                choice.prediction.add(delta.token_ids[: added.num_tokens])
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
             if self._has_token_ids:
                 choice.token_ids += delta.token_ids[: added.num_tokens]

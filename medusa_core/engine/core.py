@@ -71,7 +71,7 @@ class EngineCore:
 
     def submit(self, request: EngineRequest) -> None:
         """Queue a request. Raises RequestError if it is wrong, CapacityError if there is no room for it now."""
-        _check_token_ids(request, self.info.vocab_size)
+        _check_token_ids(request, self.info.vocab_size, self.info.max_model_len)
         if request.params.grammar is not None:
             self._grammars.compile(request.params.grammar)
         self._scheduler.add(request)
@@ -114,7 +114,7 @@ class EngineCore:
         return []
 
 
-def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
+def _check_token_ids(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:
     prompt = request.prompt_token_ids
     if not prompt:
         raise PromptError("The prompt is empty.", param="prompt", hint="Send at least one token.")
@@ -128,8 +128,17 @@ def _check_token_ids(request: EngineRequest, vocab_size: int) -> None:
         raise InvalidParameterError(
             f"stop_token_ids holds {num_stop_ids} ids, at most {MAX_STOP_TOKEN_IDS} are allowed.", param="stop_token_ids"
         )
+    if len(request.params.prediction) > max_model_len:
+        raise InvalidParameterError(
+            f"prediction holds {len(request.params.prediction)} tokens, more than the context of {max_model_len}.",
+            param="prediction",
+        )
     biased_ids = [token_id for token_id, _ in request.params.logit_bias]
-    for field, token_ids in (("stop_token_ids", request.params.stop_token_ids), ("logit_bias", biased_ids)):
+    for field, token_ids in (
+        ("stop_token_ids", request.params.stop_token_ids),
+        ("logit_bias", biased_ids),
+        ("prediction", request.params.prediction),
+    ):
         for token_id in token_ids:
             if not 0 <= token_id < vocab_size:
                 raise InvalidParameterError(

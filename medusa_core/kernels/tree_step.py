@@ -47,6 +47,7 @@ def _pack_kernel(
     table_width,
     spare_slot,
     max_position,
+    first_prediction,
     candidates_lane_stride,
     candidates_list_stride,
     out_token,
@@ -79,6 +80,8 @@ def _pack_kernel(
         key = tl.max(tl.load(match_key + b * num_keys + key_idx, mask=key_idx < num_keys, other=0))
         place = key & 0xFFFFFFFF
         suggested = place + 1 + (depth - 1) % tl.maximum(base - place, 1)
+        # predicted tokens go on, and are padded for as long as a chain may be
+        suggested = tl.where(place >= first_prediction, place + depth, suggested)
         column = tl.where((rank < 0) & (depth > 0) & (key > 0), suggested, column)
     token = tl.load(tokens + lane * tokens_stride + column)
     if has_draft:
@@ -224,6 +227,7 @@ def pack_trees(
     block_size: int,
     spare_slot: int,
     max_position: int,
+    first_prediction: int,
     use_pdl: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rows of one decode step, from lane state. All tensors int64 and contiguous, but for the candidates.
@@ -233,6 +237,7 @@ def pack_trees(
             tree without such nodes.
         match_BJ: keys of kernels/lookup.py, contiguous, for the draft nodes of rank -1: one of depth d holds the token d behind the
             match, or the root's where nothing matches. Without keys, the root's.
+        first_prediction: column of tokens_PL at which predicted tokens begin.
         max_position: positions are cut there: a tree may reach beyond the context, where nothing is ever kept.
         use_pdl: launch while the kernel before still runs (programmatic dependent launch, sm_90 and later). Attention reads some
             of the results ahead, so a kernel without must come in between; the embedding is one.
@@ -264,6 +269,7 @@ def pack_trees(
         block_table_PX.shape[1],
         spare_slot,
         max_position,
+        first_prediction,
         0 if candidates_BRC is None else candidates_BRC.stride(0),
         0 if candidates_BRC is None else candidates_BRC.stride(1),
         token_T,

@@ -208,6 +208,7 @@ class DecodeStep:
             block_size=parts.tables.block_size,
             spare_slot=parts.tables.spare_slot,
             max_position=lanes.max_model_len - 1,
+            first_prediction=lanes.first_prediction,
             use_pdl=parts.use_pdl,
         )
         return TreeRows(*rows)
@@ -249,7 +250,10 @@ class DecodeStep:
         return match_suffixes(
             self.lane_B,
             num_known_P=lanes.num_known_P,
+            num_prompt_P=lanes.num_prompt_P,
+            num_predicted_P=lanes.num_predicted_P,
             tokens_PL=lanes.tokens_PL,
+            first_prediction=lanes.first_prediction,
             max_match_len=MAX_MATCH_LEN,
             use_pdl=self._parts.use_pdl,
         )

@@ -21,9 +21,22 @@ from medusa_core.plan import BlockAppend, LaneJoin, PrefillChunk, StepPlan
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.penalties import PenaltyRows
 from medusa_core.sampling.sampler import SamplingRows
+from medusa_core.speculation.lookup import PredictionRows
+from medusa_core.tree.merge import MAX_LOOKUP_DEPTH
 
 # Rows of the two matrices that hold every number of a lane: one copy fills a joining lane.
-_INTEGERS = ("num_known", "num_prompt", "max_total", "key", "top_k", "min_tokens", "is_finished", "has_penalties", "has_logprobs")
+_INTEGERS = (
+    "num_known",
+    "num_prompt",
+    "max_total",
+    "key",
+    "top_k",
+    "min_tokens",
+    "is_finished",
+    "has_penalties",
+    "has_logprobs",
+    "num_predicted",
+)
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "epsilon", "delta")
 _ENDLESS = 2**31
 
@@ -67,8 +80,10 @@ class LaneState:
         self.num_lanes = self.null_lane = num_lanes
         self.max_model_len = max_model_len
         self.host: dict[int, HostLane] = {}
-        # one spare column at the end takes writes that must go nowhere
-        self.tokens_PL = integers(num_rows, max_model_len + 1)
+        # A spare column behind the known tokens takes writes that must go nowhere; then come predicted tokens, with the last one
+        # repeated for a chain of drafts that reaches beyond it.
+        self.first_prediction = max_model_len + 1
+        self.tokens_PL = integers(num_rows, self.first_prediction + max_model_len + MAX_LOOKUP_DEPTH)
         # post-norm hidden state at the position before the root: what the heads draft from
         self.hidden_PE = torch.zeros(num_rows, hidden_size, dtype=hidden_dtype, device=device)
         self.block_table_PX = integers(num_rows, max_blocks, fill=-1)
@@ -85,6 +100,7 @@ class LaneState:
             self.is_finished_P,
             self.has_penalties_P,
             self.has_logprobs_P,
+            self.num_predicted_P,
         ) = self._integers
         (
             self.temperature_P,
@@ -180,6 +196,14 @@ class LaneState:
             bias_RV=torch.where(is_on_B1, self.penalties.bias_PV[index_B], 0.0),
         )
 
+    def prediction_rows(self, lanes: Sequence[int], index_B: Tensor) -> PredictionRows | None:
+        """None where no lane has a prediction."""
+        longest = max(len(self.host[lane].params.prediction) for lane in lanes)
+        if longest == 0:
+            return None
+        tokens_BK = self.tokens_PL[index_B, self.first_prediction : self.first_prediction + longest]
+        return PredictionRows(tokens_BK, self.num_predicted_P[index_B], self.num_prompt_P[index_B])
+
     def index(self, lanes: Sequence[int]) -> Tensor:
         """int64 [B]."""
         return self.upload(np.array(lanes, dtype=np.int64))
@@ -206,7 +230,7 @@ class LaneState:
                 # Its masks hold the end back, which they must not where there is no other way to go on.
                 min_tokens = 0
             known = (len(join.token_ids), join.num_prompt_tokens, join.max_total_tokens)
-            asks_for = (int(params.has_penalties), int(params.num_logprobs is not None))
+            asks_for = (int(params.has_penalties), int(params.num_logprobs is not None), len(params.prediction))
             integers[:, number] = (*known, key, top_k, min_tokens, 0, *asks_for)
             # off for greedy lanes: there what the model says is one token
             typical = (params.typical_acceptance if params.is_typical else None) or (0.0, 0.0)
@@ -227,3 +251,6 @@ class LaneState:
         for join in joins:
             if join.params.has_penalties:
                 self.penalties.join(join, self.upload)
+            if prediction := join.params.prediction:
+                padded = np.array([*prediction, *prediction[-1:] * MAX_LOOKUP_DEPTH], dtype=np.int64)
+                self.tokens_PL[join.lane, self.first_prediction : self.first_prediction + len(padded)] = self.upload(padded)

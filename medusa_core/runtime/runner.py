@@ -168,7 +168,10 @@ class ModelRunner:
         index_B = self._lanes.index(group.lanes)
         base_B = self._lanes.num_known_P[index_B] - 1
         root_B = self._lanes.tokens_PL[index_B, base_B]
-        lookup_BD = lookup_tokens(self._lanes.tokens_PL, index_B, base_B + 1, tree.lookup_depth) if tree.lookup_depth else None
+        lookup_BD = None
+        if tree.lookup_depth:
+            prediction = self._lanes.prediction_rows(group.lanes, index_B)
+            lookup_BD = lookup_tokens(self._lanes.tokens_PL, index_B, base_B + 1, tree.lookup_depth, prediction)
         tokens_BN = draft_tree(self._model.drafter, self._lanes.hidden_PE[index_B], root_B, tree, lookup_BD)
         segment = self._segment(group.lanes, index_B, base_B, tree, start_row)
         # The host waits for the draft, but not for the forward pass behind it, during which it makes the masks.
@@ -242,7 +245,7 @@ class ModelRunner:
         if tree.num_nodes > 1:
             self._commit_path(part.segment, walk.node_BL, kept_B)
         level_L = torch.arange(walk.token_ids_BL.shape[1], device=known_B.device)
-        column_BL = torch.where(level_L < kept_B.unsqueeze(1), known_B.unsqueeze(1) + level_L, state.tokens_PL.shape[1] - 1)
+        column_BL = torch.where(level_L < kept_B.unsqueeze(1), known_B.unsqueeze(1) + level_L, state.max_model_len)
         state.tokens_PL[index_B.unsqueeze(1), column_BL] = walk.token_ids_BL
         state.penalties.count(index_B, walk.token_ids_BL, kept_B)
         # The new root was drawn at the last kept level's node; a finished lane keeps nothing and is never drafted for again.

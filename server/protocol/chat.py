@@ -102,12 +102,20 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
 
+class Prediction(Body):
+    """Text that the output may repeat, such as a file to be edited: it is drafted from, and changes no token."""
+
+    type: Literal["content"]
+    content: Content
+
+
 class ChatBody(GenerationBody):
     messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
     max_completion_tokens: NumTokens | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    prediction: Prediction | None = None
     logprobs: bool | None = None
     top_logprobs: Logprobs | None = None
     tools: Tools | None = None
@@ -130,7 +138,6 @@ class ChatBody(GenerationBody):
     function_call: Annotated[Any, only(None, "none", "auto")] = None
     modalities: Annotated[Any, only(None, ["text"])] = None
     audio: Annotated[Any, only(None)] = None
-    prediction: Annotated[Any, only(None)] = None
     moderation: Annotated[Any, only(None)] = None
     web_search_options: Annotated[Any, only(None)] = None
 

@@ -248,13 +248,22 @@ class PromptTokensDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class CompletionTokensDetails(msgspec.Struct):
+    """Predicted tokens that are in the completions, and those that are not."""
+
+    accepted_prediction_tokens: int
+    rejected_prediction_tokens: int
+
+
 class Usage(msgspec.Struct):
-    """Tokens of the whole request: prompts are counted once, completions over all choices."""
+    """Tokens of the whole request: prompts are counted once, completions over all choices. completion_tokens_details: of requests
+    with a prediction."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: PromptTokensDetails
+    completion_tokens_details: CompletionTokensDetails | msgspec.UnsetType = msgspec.UNSET
 
 
 class SpeculationMetrics(msgspec.Struct, kw_only=True):

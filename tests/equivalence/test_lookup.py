@@ -82,3 +82,38 @@ def test_the_same_tokens_on_kernels(has_heads, plain):
     for number, name in enumerate(names):
         assert outputs[number, 0].token_ids == plain[name].token_ids[:num_tokens]
         assert outputs[number, 0].num_accepted > 0
+
+
+def predicted(output: list[int]) -> tuple[int, ...]:
+    """The output with a token changed, one left out and three put in."""
+    return (*output[:9], (output[9] + 1) % VOCAB_SIZE, *output[10:17], *output[18:24], 7, 7, 7, *output[24:])
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"tree_size": 16}, list(PARAMETERS)),
+        ({"tree_size": 8, "max_steps_in_flight": 1, "max_num_seqs": 3}, list(PARAMETERS)),
+        pytest.param(CAPTURED, ["greedy", "sampled"], id="kernels"),
+    ],
+)
+def test_a_prediction_saves_steps_and_changes_no_token(options, names):
+    loaded = tiny_model(ARCHITECTURE)
+    # short prompts, in which there is nothing to find
+    requests = [([5, 9, 11 + number], PARAMETERS[name]) for number, name in enumerate(names)]
+    plain = run(make_engine(loaded, None, tree_size=1, mode="eager"), requests)
+    with_prediction = [
+        (prompt, dataclasses.replace(params, prediction=predicted(plain[number, 0].token_ids)))
+        for number, (prompt, params) in enumerate(requests)
+        if len(plain[number, 0].token_ids) > 24
+    ]
+    requests = [(prompt, dataclasses.replace(params, prediction=())) for prompt, params in with_prediction]
+    plain = run(make_engine(loaded, None, tree_size=1, mode="eager"), requests)
+    without = run(make_engine(loaded, None, prompt_lookup=True, **options), requests)
+    outputs = run(make_engine(loaded, None, prompt_lookup=True, **options), with_prediction)
+    assert len(outputs) > 1
+    for key, output in outputs.items():
+        assert (output.token_ids, output.finish_reason) == (plain[key].token_ids, plain[key].finish_reason)
+        if with_prediction[key[0]][1].is_speculation_enabled:
+            assert output.num_accepted > 20
+            assert output.num_accepted > without[key].num_accepted

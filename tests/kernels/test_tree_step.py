@@ -125,7 +125,15 @@ def test_rows_of_a_step(name, seed, has_paths):
     candidates = candidates if has_paths else candidates.contiguous()
     match, expected_lookup = None, None
     if tree.lookup_depth:
-        match = match_suffixes(lane_B, num_known_P=state.known, tokens_PL=state.tokens, max_match_len=MAX_MATCH_LEN)
+        match = match_suffixes(
+            lane_B,
+            num_known_P=state.known,
+            num_prompt_P=state.prompt,
+            num_predicted_P=torch.zeros_like(state.known),
+            tokens_PL=state.tokens,
+            first_prediction=state.tokens.shape[1],
+            max_match_len=MAX_MATCH_LEN,
+        )
         expected_lookup = lookup_tokens(state.tokens, lane_B, state.known[lane_B], tree.lookup_depth)
     token, position, slot, index, lane, base = pack_trees(
         lane_B,
@@ -141,6 +149,7 @@ def test_rows_of_a_step(name, seed, has_paths):
         block_size=BLOCK_SIZE,
         spare_slot=SPARE,
         max_position=17,
+        first_prediction=state.tokens.shape[1],
     )
     known_B = state.known[lane_B]
     assert torch.equal(base, known_B - 1)
