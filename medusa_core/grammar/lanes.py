@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 # Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
 # which costs speed but changes no token.
-_DRAFT_BUDGET_S = 0.003
+_DRAFT_BUDGET_S = 0.002
 # A first failure may be due to others who used the same lexer. Whoever fails again decodes without drafts from then on: each time
 # costs up to 50 ms.
 _MAX_PROBE_FAILURES = 2

@@ -17,7 +17,6 @@ import bisect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +27,13 @@ from tqdm import tqdm
 from medusa_core.errors import ConfigError
 from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
-from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
+from medusa_core.plan import DecodeGroup, PrefillChunk, StepPlan
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
 from medusa_core.runtime.capture import capture, new_event, new_stream
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
-from medusa_core.runtime.lanes import HostLane
+from medusa_core.runtime.launched import BegunGroup, LaunchedGroup, PendingGraphResult
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
 from medusa_core.runtime.masked_step import MaskedDecodeStep
-from medusa_core.runtime.results import lane_result
 from medusa_core.sampling.logprobs import logprobs_of_hidden
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
@@ -47,45 +45,6 @@ MAX_CHUNKS = 16
 _NUM_TIMED = 5
 # Known tokens of a lane when steps are timed.
 _TYPICAL_CONTEXT = 512
-
-
-@dataclass(slots=True)
-class _LaunchedGroup:
-    """Lanes of one launch, and where their result rows arrive."""
-
-    lanes: Sequence[int]
-    hosts: list[HostLane]
-    tree: DeviceTree
-    result_BR: Tensor
-    logprobs: PathLogprobs | None
-
-
-class PendingGraphResult:
-    """A launched step (plan.PendingStep)."""
-
-    def __init__(
-        self,
-        step_id: int,
-        groups: list[_LaunchedGroup],
-        chunks: list[ChunkLogprobs],
-        is_done: torch.cuda.Event | None,
-        grammars: GrammarLanes,
-    ) -> None:
-        self._step_id = step_id
-        self._grammars = grammars
-        self._groups = groups
-        self._chunks = chunks
-        self._is_done = is_done
-
-    def result(self) -> StepResult:
-        """Wait for the step's copies, not for what was launched behind it."""
-        if self._is_done is not None:
-            self._is_done.synchronize()
-        return StepResult(
-            step_id=self._step_id,
-            lanes=[self._grammars.take(lane) for group in self._groups for lane in _read(group)],
-            prompt_logprobs=[chunk.read() for chunk in self._chunks],
-        )
 
 
 class GraphRunner:
@@ -115,16 +74,18 @@ class GraphRunner:
         max_lanes = parts.lanes.num_lanes
         self._sizes = lane_buckets(max_lanes)
         # The lanes of a step, by bucket, and what is in there now: a list that stays is not sent again.
-        self._lane_inputs = {size: torch.full((size,), parts.lanes.null_lane, device=device) for size in self._sizes}
-        self._loaded: dict[int, list[int]] = {}
+        # Those of steps under grammars have places of their own.
+        self._lane_inputs = {(size, False): torch.full((size,), parts.lanes.null_lane, device=device) for size in self._sizes}
+        self._loaded: dict[tuple[int, bool], list[int]] = {}
         self._trees = {nodes: DeviceTree.create(topology.prefix(nodes), device) for nodes in node_sizes}
         self._decode = {
-            (size, nodes, is_greedy): DecodeStep(parts, self._lane_inputs[size], self._trees[nodes], is_greedy=is_greedy)
+            (size, nodes, is_greedy): DecodeStep(parts, self._lane_inputs[size, False], self._trees[nodes], is_greedy=is_greedy)
             for size, nodes in decode_buckets(max_lanes, node_sizes, max_rows)
             for is_greedy in (True, False)
         }
         self._masked: dict[tuple[int, int], MaskedDecodeStep] = {}
         self._masks_RW: Tensor | None = None
+        self._masked_pool: Any = None
         self._chunk_sizes = chunk_buckets(max_chunk_rows)
         # All ones, but for the lanes with a grammar in the latest step.
         self._chunk_bits_CW = torch.full((MAX_CHUNKS, grammars.num_words), -1, dtype=torch.int32, device=device)
@@ -171,12 +132,18 @@ class GraphRunner:
         """Apply lane changes, launch the decode groups, then the chunks."""
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
-        groups = [self._launch_masked(group) if group.has_grammar else self._launch_group(group) for group in plan.decode_groups]
+        masked = [group for group in plan.decode_groups if group.has_grammar]
+        # The host makes the first one's masks while the device runs all that is launched before they are needed.
+        begun = self._begin_masked(masked[0]) if masked else None
+        groups = [self._launch_group(group) for group in plan.decode_groups if not group.has_grammar]
         prompt_logprobs: list[ChunkLogprobs] = []
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
             group = self._launch_chunks(chunks)
             groups += [group] if group is not None else []
             prompt_logprobs += self._prompt_logprobs(chunks)
+        if begun is not None:
+            groups.append(self._end_masked(begun))
+        groups += [self._end_masked(self._begin_masked(group)) for group in masked[1:]]
         is_done = self._record() if groups or prompt_logprobs else None
         return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars)
 
@@ -226,41 +193,51 @@ class GraphRunner:
         other = torch.empty(2 * cache_bytes, dtype=torch.uint8, device=self._parts.model.device)
         return self._seconds(capture(step.draft, new_stream(), None), before=other.zero_)
 
-    def _launch_group(self, group: DecodeGroup) -> _LaunchedGroup:
+    def _launch_group(self, group: DecodeGroup) -> LaunchedGroup:
         size = self._bucket(group)
         self._load_lanes(size, group.lanes)
         step = self._decode[size, group.num_nodes, self._lanes.is_all_greedy(group.lanes)]
         self._launcher(step)()
         return self._collect(group.lanes, step.tree, step.result_BR)
 
-    def _launch_masked(self, group: DecodeGroup) -> _LaunchedGroup:
-        """The host makes the masks while the device runs the forward pass."""
-        size, num_lanes = self._bucket(group), len(group.lanes)
+    def _begin_masked(self, group: DecodeGroup) -> BegunGroup:
+        """Draft, and run the model. No other masked step may begin before this one ends."""
+        size = self._bucket(group)
         step = self._masked_step(size, group.num_nodes)
-        self._load_lanes(size, group.lanes)
+        self._load_lanes(size, group.lanes, has_grammar=True)
         step.start()
-        draft_BN = torch.empty(num_lanes, group.num_nodes, dtype=torch.int64, pin_memory=self._is_cuda)
-        draft_BN.copy_(step.token_BN[:num_lanes], non_blocking=True)
+        draft_BN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=self._is_cuda)
+        draft_BN.copy_(step.token_BN[: len(group.lanes)], non_blocking=True)
         is_drafted = self._record()
         step.run_model()
-        if is_drafted is not None:
-            is_drafted.synchronize()
+        return BegunGroup(group, step, draft_BN, is_drafted)
+
+    def _end_masked(self, begun: BegunGroup) -> LaunchedGroup:
+        """Make the masks, and draw."""
+        group, step = begun.group, begun.step
+        if begun.is_drafted is not None:
+            begun.is_drafted.synchronize()
         # smaller trees are the first nodes of larger ones
         parents = self._topology.parents[: group.num_nodes]
-        step.load_masks(*self._grammars.fill(group.lanes, draft_BN.numpy(), parents))
+        step.load_masks(*self._grammars.fill(group.lanes, begun.draft_BN.numpy(), parents))
         step.end()
         return self._collect(group.lanes, step.tree, step.result_BR)
 
     def _masked_step(self, size: int, num_nodes: int) -> MaskedDecodeStep:
-        """Made and captured on first use."""
+        """Made and captured on first use. What such steps hand on between their parts is theirs alone, lanes and memory, as other
+        steps run in between."""
         if self._masks_RW is None:
             shape = (max(lanes * nodes for lanes, nodes, _ in self._decode), self._grammars.num_words)
             self._masks_RW = torch.zeros(shape, dtype=torch.int32, device=self._parts.model.device)
+            self._masked_pool = torch.cuda.graph_pool_handle() if self._capture_on is not None else None
         if (size, num_nodes) not in self._masked:
-            step = MaskedDecodeStep(self._parts, self._lane_inputs[size], self._trees[num_nodes], self._masks_RW)
+            lane_B = self._lane_inputs.setdefault(
+                (size, True), torch.full_like(self._lane_inputs[size, False], self._lanes.null_lane)
+            )
+            step = MaskedDecodeStep(self._parts, lane_B, self._trees[num_nodes], self._masks_RW)
             if self._capture_on is not None:
-                self._load_lanes(size, [])
-                step.capture(*self._capture_on)
+                self._load_lanes(size, [], has_grammar=True)
+                step.capture(self._capture_on[0], self._masked_pool)
             self._masked[size, num_nodes] = step
         return self._masked[size, num_nodes]
 
@@ -276,7 +253,7 @@ class GraphRunner:
             self._chunk_bits_CW.fill_(-1)
         self._has_chunk_masks = bool(places)
 
-    def _launch_chunks(self, chunks: list[PrefillChunk]) -> _LaunchedGroup | None:
+    def _launch_chunks(self, chunks: list[PrefillChunk]) -> LaunchedGroup | None:
         """None if no chunk draws."""
         num_rows = sum(chunk.num_tokens for chunk in chunks)
         drawing = [chunk.lane for chunk in chunks if chunk.is_last]
@@ -312,11 +289,12 @@ class GraphRunner:
         rows = logprobs_of_hidden(hidden_bLE.flatten(0, 1), token_bL.flatten(), num_top, project=self._parts.model.project)
         return PathLogprobs(places, num_levels, to_host(rows))
 
-    def _load_lanes(self, size: int, lanes: list[int]) -> None:
-        if self._loaded.get(size) != lanes:
-            self._loaded[size] = list(lanes)
+    def _load_lanes(self, size: int, lanes: list[int], *, has_grammar: bool = False) -> None:
+        where = size, has_grammar
+        if self._loaded.get(where) != lanes:
+            self._loaded[where] = list(lanes)
             padding = [self._lanes.null_lane] * (size - len(lanes))
-            self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
+            self._lane_inputs[where].copy_(self._lanes.index([*lanes, *padding]))
 
     def _bucket(self, group: DecodeGroup) -> int:
         return self._sizes[bisect.bisect_left(self._sizes, len(group.lanes))]
@@ -325,12 +303,12 @@ class GraphRunner:
         """The step's graph, or the step itself where it was not captured."""
         return self._replay.get(step, step)
 
-    def _collect(self, lanes: Sequence[int], tree: DeviceTree, result_BR: Tensor) -> _LaunchedGroup:
+    def _collect(self, lanes: Sequence[int], tree: DeviceTree, result_BR: Tensor) -> LaunchedGroup:
         """Start the copy of the lanes' result rows; the step's own buffer is free for its next launch behind it."""
         host_BR = torch.empty(len(lanes), result_BR.shape[1], dtype=torch.int64, pin_memory=self._is_cuda)
         host_BR.copy_(result_BR[: len(lanes)], non_blocking=True)
         hosts = [self._lanes.host[lane] for lane in lanes]
-        return _LaunchedGroup(lanes, hosts, tree, host_BR, self._path_logprobs(lanes, result_BR))
+        return LaunchedGroup(lanes, hosts, tree, host_BR, self._path_logprobs(lanes, result_BR))
 
     def _record(self) -> torch.cuda.Event | None:
         if not self._is_cuda:
@@ -373,13 +351,3 @@ def _launches(chunks: Sequence[PrefillChunk], max_rows: int) -> Iterator[list[Pr
 
 def _num_rows(step: DecodeStep | PrefillStep) -> int:
     return step.lane_B.shape[0] * step.tree.num_nodes if isinstance(step, DecodeStep) else step.num_rows
-
-
-def _read(group: _LaunchedGroup) -> list[LaneResult]:
-    tree, num_levels = group.tree, group.result_BR.shape[1] - NUM_RESULT_COLUMNS
-    logprobs = group.logprobs.by_place() if group.logprobs is not None else {}
-    rows = zip(group.lanes, group.hosts, group.result_BR.tolist(), strict=True)
-    return [
-        lane_result(lane, host, tree, logprobs.get(place, ()), row[:num_levels], *row[num_levels:])
-        for place, (lane, host, row) in enumerate(rows)
-    ]

@@ -2,7 +2,7 @@
 
 What a grammar allows at a node depends on the drafts above it, which the host must see. It waits for the first part only, and makes
 the masks while the device is at the second; they arrive before the third. The parts hand tensors on to each other, which stay where
-they are once the parts are captured; no other step may run in between.
+they are once the parts are captured; no other step of the kind may run in between.
 
 Shapes: B lanes of the step · N nodes · T = B * N packed rows · W words of 32 tokens.
 """

@@ -52,7 +52,7 @@ def medusa(monkeypatch, capsys) -> Callable[..., tuple[int, str, str]]:
 def test_generate_prints_text_and_figures(medusa, tiny):
     code, out, _ = medusa("generate", "hello", *tiny)
     assert code == 0
-    assert f"tiny, float32 on cpu, {NUM_HEADS} heads, tree mc_sim_7b_63, size 8]" in out
+    assert f"tiny, float32 on cpu, {NUM_HEADS} heads, tree mc_sim_7b_63+lookup, size 8]" in out
     assert FIGURES.search(out)
 
 
@@ -111,7 +111,7 @@ def test_compare_fails_for_a_wrong_token(medusa, tiny, wrong_with_speculation, d
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", "0"], "top_p"),
-        (["--max-tokens", "0"], "max_tokens"),
+        (["--max-tokens", "0"], "--max-tokens"),
         (["--dtype", "int3"], "dtype"),
         (["--tree-size", "many"], "--tree-size"),
         (["--tree-size", "65"], "tree_size"),

@@ -284,4 +284,4 @@ def test_what_is_trained_is_calibrated_and_served_from_its_folder(train, tiny, d
     for heads in (output, output / "medusa_lm_head.safetensors"):
         model = ModelConfig(model=tiny[1], heads=str(heads), dtype="float32", device="cpu")
         core = build_engine(EngineConfig(model=model, cache=CacheConfig(num_blocks=200), scheduler=SchedulerConfig(max_num_seqs=1)))
-        assert core.info.tree == "calibrated"
+        assert core.info.tree == "calibrated+lookup"
