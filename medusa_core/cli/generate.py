@@ -44,7 +44,7 @@ from medusa_core.params import SamplingParams
 
 def generate(
     prompt: Annotated[str, typer.Argument(help="What to say to the model; - reads standard input.")],
-    max_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to generate.")] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 256,
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     top_k: Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")] = 0,
@@ -69,6 +69,8 @@ def generate(
     start_command(verbose=verbose)
     if compare and no_speculation:
         raise ConfigError("--compare runs with speculation as well, so it cannot be used with --no-speculation.")
+    if max_tokens < 1:
+        raise ConfigError(f"max_tokens must be at least 1, got {max_tokens}.")
     config = EngineConfig(
         model=model_config(model, heads, revision, dtype, device, max_model_len, trust_remote_code),
         cache=CacheConfig(),

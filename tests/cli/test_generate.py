@@ -111,7 +111,7 @@ def test_compare_fails_for_a_wrong_token(medusa, tiny, wrong_with_speculation, d
         (["--temperature", "-1"], "temperature"),
         (["--temperature", "nan"], "temperature"),
         (["--top-p", "0"], "top_p"),
-        (["--max-tokens", "0"], "--max-tokens"),
+        (["--max-tokens", "0"], "max_tokens"),
         (["--dtype", "int3"], "dtype"),
         (["--tree-size", "many"], "--tree-size"),
         (["--tree-size", "65"], "tree_size"),
