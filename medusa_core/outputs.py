@@ -8,11 +8,12 @@ import msgspec
 
 
 class FinishReason(enum.Enum):
-    """Why a choice ended: a stop token or EOS, a length limit, or the caller's abort."""
+    """Why a choice ended: a stop token or EOS, a length limit, the caller's abort, or a grammar that takes too much to follow."""
 
     STOP = "stop"
     LENGTH = "length"
     ABORT = "abort"
+    GRAMMAR = "grammar"
 
 
 class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import msgspec
 
 from medusa_core.engine.client import EngineClient
-from medusa_core.errors import CapacityError, EngineError, RequestError
+from medusa_core.errors import CapacityError, EngineError, InvalidParameterError, MedusaError, RequestError
 from medusa_core.outputs import FinishReason, TokenDelta, TokenLogprob
 from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
@@ -59,6 +59,18 @@ class _Choice:
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
 
 
+def _failure_of(request: EngineRequest, reason: FinishReason) -> MedusaError:
+    """What a request ends with that the engine has ended."""
+    if reason is FinishReason.ABORT or request.params.grammar is None:
+        return EngineError("The engine ended the request before it was complete.", hint="Try again.")
+    field = request.params.grammar.field
+    return InvalidParameterError(
+        f"{field} takes more than is allowed to follow along the output.",
+        param=field,
+        hint="Simplify it: fewer alternatives, optional properties or repetitions.",
+    )
+
+
 class Generation:
     """Runs one HTTP request on the engine. `updates` may be iterated once; `usage` and `request_metrics` are complete when it has
     ended."""
@@ -95,7 +107,8 @@ class Generation:
         self._num_completion_tokens = 0
         # Choices whose text has ended while the engine goes on.
         self._stopped: list[_Choice] = []
-        self._was_ended_by_engine = False
+        # what the engine ended the request with before it was complete
+        self._failure: MedusaError | None = None
 
     @property
     def prompts(self) -> list[list[int]]:
@@ -146,8 +159,8 @@ class Generation:
                         await self._abort_stopped()
                     if updates:
                         yield updates
-                    if self._was_ended_by_engine:
-                        raise EngineError("The engine ended the request before it was complete.", hint="Try again.")
+                    if self._failure is not None:
+                        raise self._failure
                     # All text is there but the engine still runs, past a stop string: leaving the loop aborts it.
                     if not self.is_open and any(choice.is_running for choice in self._choices.values()):
                         return
@@ -181,8 +194,8 @@ class Generation:
             if not choice.is_open:
                 self._metrics.observe_discarded(len(delta.token_ids))
                 continue
-            if delta.finish_reason is FinishReason.ABORT:
-                self._was_ended_by_engine = True
+            if delta.finish_reason in (FinishReason.ABORT, FinishReason.GRAMMAR):
+                self._failure = _failure_of(choice.request, delta.finish_reason)
                 continue
             added = choice.output.push(delta.token_ids, is_last=delta.finish_reason is not None)
             text += added.text

@@ -35,26 +35,22 @@ from server.protocol.tools import FunctionCall, FunctionCallDelta, ToolCall, Too
 class FinishedChoice:
     """A choice of a whole answer, collected from its updates."""
 
-    texts: list[str] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
-    calls: list[CallEvent] = field(default_factory=list)
-    finish_reason: str = ""
+    updates: list[ChoiceUpdate] = field(default_factory=list)
 
     def add(self, update: ChoiceUpdate) -> None:
-        self.texts.append(update.text)
-        self.token_ids += update.token_ids
-        self.logprobs += update.logprobs
-        self.prompt_logprobs += update.prompt_logprobs
-        self.calls += update.calls
-        if update.finish_reason is not None:
-            self.finish_reason = update.finish_reason
+        self.updates.append(update)
 
     def as_update(self, index: int) -> ChoiceUpdate:
         """All of it at once."""
-        text = "".join(self.texts)
-        return ChoiceUpdate(index, text, self.finish_reason, self.token_ids, self.logprobs, self.prompt_logprobs, self.calls)
+        return ChoiceUpdate(
+            index,
+            "".join([update.text for update in self.updates]),
+            self.updates[-1].finish_reason if self.updates else None,
+            [token_id for update in self.updates for token_id in update.token_ids],
+            [entry for update in self.updates for entry in update.logprobs],
+            [entry for update in self.updates for entry in update.prompt_logprobs],
+            [call for update in self.updates for call in update.calls],
+        )
 
 
 DONE = b"data: [DONE]\n\n"

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from medusa_core.errors import RequestError
+from medusa_core.errors import InvalidParameterError, RequestError
 from medusa_core.text import TextProcessor
 from medusa_core.text.tool_calls import CallStart
 from server.body import validate
@@ -128,12 +128,15 @@ def _without_type(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 def _response_format(text_format: TextFormat | None) -> dict[str, Any] | None:
-    if text_format is None or text_format.type == "text":
+    if text_format is None:
         return None
-    if text_format.type == "json_object":
-        return {"type": "json_object"}
     given = text_format.model_dump(by_alias=True, exclude_none=True, exclude={"type"})
-    return {"type": "json_schema", "json_schema": given}
+    if text_format.type == "json_schema":
+        return {"type": "json_schema", "json_schema": given}
+    if given:
+        name = next(iter(given))
+        raise InvalidParameterError(f"text.format.{name} is for the type json_schema; leave it out.", param=f"text.format.{name}")
+    return {"type": text_format.type}
 
 
 class ResponseReply:
@@ -202,7 +205,8 @@ class ResponseReply:
         yield ResponseEvent(type="response.failed", sequence_number=self._next(), response=self._response)
 
     def whole(self, choices: list[FinishedChoice], usage: Usage, metrics: RequestMetrics | None) -> msgspec.Struct:
-        self.chunks(choices[0].as_update(0))
+        for update in choices[0].updates:
+            self.chunks(update)
         self._complete(usage, metrics)
         return self._response
 

@@ -12,7 +12,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,10 @@ _LIMITS = LLParserLimits(
     max_grammar_size=200_000,
     verbose_errors=False,
 )
+
+# Where only one text can come next, llguidance would take the tokens that the tokenizer makes of it: special ones, if it is spelt
+# like them.
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
 
 
 def check_grammar(grammar: Grammar) -> None:
@@ -122,15 +126,22 @@ def _source(grammar: Grammar) -> str:
         _check_cost(grammar)
         match grammar.kind:
             case "json_schema":
-                return LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE})
+                source = _in_lark(LLMatcher.grammar_from_json_schema(text, defaults={"whitespace_pattern": _JSON_SPACE}))
             case "regex":
-                return LLMatcher.grammar_from_regex(text)
+                source = _in_lark(LLMatcher.grammar_from_regex(text))
             case "choice":
-                return grammar_from("choice", _checked_choices(text))
+                source = grammar_from("choice", _checked_choices(text))
             case "cfg":
-                return grammar_from("grammar", text)
+                source = grammar_from("grammar", text)
+        return source if "%llguidance" in source else _NO_FORCING + source
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error), grammar) from error
+
+
+def _in_lark(source: str) -> str:
+    """A grammar of one rule, from llguidance's list of grammars."""
+    (rule,) = json.loads(source)["grammars"]
+    return rule["lark_grammar"] or f"start: %json {json.dumps(rule['json_schema'])}"
 
 
 def _check_cost(grammar: Grammar) -> None:
@@ -140,8 +151,8 @@ def _check_cost(grammar: Grammar) -> None:
     if grammar.kind in ("cfg", "json_schema"):
         # a grammar may hold a schema; either may spell letters of a key as escapes
         text = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda match: chr(int(match[1], 16)), grammar.text)
-        multiples = [Decimal(value) for value in set(_MULTIPLE.findall(text))]
-        if any(not 0 < multiple < 1e9 or _num_decimals(multiple) > 9 for multiple in multiples):
+        multiples = [_as_decimal(value) for value in set(_MULTIPLE.findall(text))]
+        if any(not 1e-9 <= multiple < 1e9 or _num_decimals(multiple) > 9 for multiple in multiples):
             raise ValueError("multipleOf should be a number between 1e-9 and 1e9, of at most nine decimals")
         # Several may apply to one number. Powers of ten only shift it.
         common = math.lcm(*(int(multiple.scaleb(9)) for multiple in multiples))
@@ -149,6 +160,14 @@ def _check_cost(grammar: Grammar) -> None:
             common //= 10
         if common > _MAX_MULTIPLE:
             raise ValueError(f"the least common multiple of all multipleOf, without zeros at its end, is beyond {_MAX_MULTIPLE}")
+
+
+def _as_decimal(text: str) -> Decimal:
+    """0, which is no multiple, where a Decimal cannot hold the exponent."""
+    try:
+        return Decimal(text)
+    except InvalidOperation:
+        return Decimal(0)
 
 
 def _num_decimals(value: Decimal) -> int:

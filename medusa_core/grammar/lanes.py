@@ -103,14 +103,14 @@ class GrammarLanes:
         return masks_BNW, is_left_out_BN
 
     def take(self, result: LaneResult) -> LaneResult:
-        """Advance by what a step emitted. Returns the result, or instead of it the lane's abort where its matcher has failed."""
+        """Advance by what a step emitted. Returns the result, or instead of it the lane's end where its matcher has failed."""
         lane = self._lanes.get(result.lane)
         if lane is None or lane.uid != result.uid:
             # no grammar, or the lane was given away meanwhile: a request that comes back brings its tokens along
             return result
         if lane.failure:
             logger.warning("the output of lane %d is given up: its grammar cannot be followed (%s)", result.lane, lane.failure)
-            return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.ABORT)
+            return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.GRAMMAR)
         if result.finish_reason is None:
             lane.emitted += result.token_ids
             # a matcher that fails says so when it is asked for a mask

@@ -39,6 +39,8 @@ _INTEGERS = (
 )
 _FLOATS = ("temperature", "top_p", "min_p", "repetition", "frequency", "presence", "epsilon", "delta")
 _ENDLESS = 2**31
+# Of float32, and a little more.
+_SMALLEST = 1e-37
 
 
 @dataclass(slots=True)
@@ -233,7 +235,11 @@ class LaneState:
             asks_for = (int(params.has_penalties), int(params.num_logprobs is not None), len(params.prediction))
             integers[:, number] = (*known, key, top_k, min_tokens, 0, *asks_for)
             # off for greedy lanes: there what the model says is one token
-            typical = (params.typical_acceptance if params.is_typical else None) or (0.0, 0.0)
+            typical = (0.0, 0.0)
+            if params.typical_acceptance is not None and params.is_typical:
+                epsilon, delta = params.typical_acceptance
+                # not 0 by rounding
+                typical = max(epsilon, _SMALLEST), max(delta, _SMALLEST)
             penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
             floats[:, number] = (params.temperature, params.top_p, params.min_p, *penalties, *typical)
             stop_ids = [*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)]

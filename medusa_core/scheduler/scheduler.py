@@ -163,9 +163,10 @@ class Scheduler:
             self._confirm_chunk(request, chunk)
         for read in result.prompt_logprobs:
             request = step.requests[read.uid]
-            # a prompt that is computed again, after a preemption, has some already
-            if read.start == len(request.prompt_logprobs):
-                request.prompt_logprobs += read.logprobs
+            # A prompt that is computed again, after a preemption, has some already, and its chunks may be others.
+            num_there = len(request.prompt_logprobs) - read.start
+            if 0 <= num_there < len(read.logprobs):
+                request.prompt_logprobs += read.logprobs[num_there:]
         deltas = []
         for lane_result in result.lanes:
             request = step.requests[lane_result.uid]

@@ -85,6 +85,10 @@ class FunctionCallItem(_Item):
     call_id: str
     name: str
     arguments: str
+    # Of calls that other servers answer with; the SDK writes them as null.
+    async_: Annotated[Any, only(None)] = None
+    caller: Annotated[Any, only(None)] = None
+    namespace: Annotated[Any, only(None)] = None
 
 
 class FunctionOutputItem(_Item):

@@ -57,10 +57,13 @@ async def test_a_grammar_that_fails_on_the_way_ends_its_request_alone(tmp_path):
     client = make_client(save_tiny_model(tmp_path / "tiny"))
     await client.start()
     try:
-        grammar = Grammar(kind="regex", text="(a{1000}){1000}")
-        deltas = await collect(client, make_request("hostile", PROMPT, max_tokens=100, grammar=grammar))
-        assert deltas[-1].finish_reason is FinishReason.ABORT
-        assert set(tokens_of(deltas)) <= set(byte_tokenizer().encode("a"))
+        # too many properties, which shows behind the first quote
+        properties = {f"p{number}": {"type": "string"} for number in range(600)}
+        grammar = Grammar(kind="json_schema", text=json.dumps({"type": "object", "properties": properties}))
+        (quote,) = byte_tokenizer().encode('"')
+        request = make_request("hostile", PROMPT, max_tokens=100, grammar=grammar, logit_bias=((quote, 100.0),))
+        deltas = await collect(client, request)
+        assert deltas[-1].finish_reason is FinishReason.GRAMMAR
         assert client.stats.num_blocks_used == 0
         deltas = await collect(client, make_request("good", PROMPT, max_tokens=5, grammar=Grammar(kind="regex", text="ab")))
         assert byte_tokenizer().decode(tokens_of(deltas)[:-1]) == "ab"

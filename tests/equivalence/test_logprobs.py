@@ -102,6 +102,20 @@ def test_a_prompt_is_scored_without_an_answer():
     check_entries(outputs[0, 0].prompt_logprobs, expected_logprobs(loaded, prompts()[6], 5))
 
 
+@pytest.mark.parametrize("arrive_every", [3, 4, 5])
+def test_a_prompt_that_is_preempted_while_it_is_computed_is_scored_whole(arrive_every):
+    """Its chunks are cut elsewhere the second time: at first it shares the budget with another prompt."""
+    loaded = dataclasses.replace(tiny_model(ARCHITECTURE), max_model_len=128)
+    generator = torch.Generator().manual_seed(8)
+    texts = [torch.randint(4, VOCAB_SIZE, (length,), generator=generator).tolist() for length in (8, 8, 45, 90)]
+    core = make_engine(loaded, None, tree_size=1, num_blocks=50, block_size=4, max_num_seqs=4, max_step_tokens=8)
+    params = [SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True) for max_tokens in (90, 90, 40)]
+    scored = SamplingParams(temperature=0.0, max_tokens=2, num_prompt_logprobs=1)
+    outputs = run(core, list(zip(texts, [*params, scored], strict=True)), arrive_every=arrive_every)
+    check_entries(outputs[3, 0].prompt_logprobs, expected_logprobs(loaded, texts[3], 1))
+    assert core.stats().num_preemptions_total > 0
+
+
 def test_a_cached_prompt_is_scored_anew():
     loaded = tiny_model(ARCHITECTURE)
     core = make_engine(loaded, None)

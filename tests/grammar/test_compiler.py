@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 
 from medusa_core.errors import InvalidParameterError, UnsupportedParameterError
@@ -15,6 +16,7 @@ from tests.grammars import no_compiler
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
 LOOP = {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}
+SPECIAL = "<|user|>"
 NODE = {"type": "object", "properties": {"next": {"$ref": "#"}}, "additionalProperties": False}
 
 
@@ -48,6 +50,7 @@ def schema(value: object) -> Grammar:
             ["b", "aba", ""],
         ),
         (Grammar(kind="cfg", text='start: "(" start ")" | "x"'), ["x", "((x))"], ["((x)", ""]),
+        (Grammar(kind="regex", text="a/b|[/]c"), ["a/b", "/c"], ["ab"]),
         (Grammar(kind="cfg", text='root ::= "a" root "b" | "c"'), ["c", "aacbb"], ["acbb"]),
     ],
 )
@@ -144,3 +147,39 @@ def test_tokenizers_of_no_use_are_named_as_the_reason():
         vocabulary(byte_tokenizer(), VOCAB_SIZE, [])
     with pytest.raises(ValueError, match="tokenizers library"):
         vocabulary(object(), VOCAB_SIZE, [EOS_ID])
+
+
+@pytest.mark.parametrize("multiple", ["1e-2000000", "1e99999999999999999999", "1e-99999999999999999999", "0e5", "0.0"])
+def test_multiples_that_no_number_can_have_are_refused_at_once(multiple):
+    grammar = Grammar(kind="json_schema", text=f'{{"type": "number", "multipleOf": {multiple}}}', field="the field")
+    with pytest.raises(InvalidParameterError, match="multipleOf"):
+        check_grammar(grammar)
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        schema({"const": f"a{SPECIAL}b"}),
+        schema({"enum": [SPECIAL, "x"]}),
+        Grammar(kind="choice", text=json.dumps([SPECIAL])),
+        Grammar(kind="regex", text=SPECIAL.replace("|", r"\|")),
+        Grammar(kind="cfg", text=f"start: {json.dumps(SPECIAL)}"),
+    ],
+)
+def test_text_that_is_spelt_like_a_special_token_is_written_in_ordinary_ones(grammar):
+    """Where only that text can come next, too."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [SPECIAL]})
+    special_id = tokenizer.convert_tokens_to_ids(SPECIAL)
+    matcher = GrammarCompiler(lambda: vocabulary(tokenizer, len(tokenizer), [EOS_ID])).compile(grammar)
+    text = ""
+    for _ in range(60):
+        bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.uint8)
+        token_ids = [i for i in np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist() if i < len(tokenizer)]
+        assert special_id not in token_ids
+        if EOS_ID in token_ids:
+            break
+        letter = next((i for i in token_ids if not tokenizer.decode([i]).isspace()), token_ids[0])
+        text += tokenizer.decode([letter])
+        assert matcher.consume_token(letter)
+    assert SPECIAL in text

@@ -108,7 +108,7 @@ async def test_a_stream_ends_with_the_whole_answer(make_http, answer):
     final = events[-1]["response"]
     for name in whole.keys() - {"id", "created_at", "completed_at", "output", "metrics"}:
         assert final[name] == whole[name], name
-    assert sorted(stable(final["output"]), key=str) == sorted(stable(whole["output"]), key=str)
+    assert stable(final["output"]) == stable(whole["output"])
     # each item as its events tell it
     for index, item in enumerate(final["output"]):
         of_item = [event for event in events if event.get("output_index") == index]
@@ -180,6 +180,8 @@ async def test_a_failure_in_the_middle_is_told_in_events(make_http):
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "invalid_value", "text.format"),
         ({"text": {"format": {"type": "json_schema", "name": "x", "schema": {"not": {}}}}}, "invalid_value", "text.format"),
         ({"messages": []}, "unknown_parameter", "messages"),
+        ({"text": {"format": {"type": "json_object", "schema": {"const": 3}}}}, "invalid_value", "text.format.schema"),
+        ({"text": {"format": {"type": "text", "name": "x"}}}, "invalid_value", "text.format.name"),
         ({"model": "other"}, "model_not_found", "model"),
     ],
 )
@@ -206,8 +208,11 @@ async def test_the_sdk_reads_answers_strictly(make_sdk):
     assert answer.output_text == "I look."
     assert [item.type for item in answer.output] == ["message", "function_call", "function_call"]
     assert json.loads(answer.output[1].arguments) == {"city": "Rom"}
-    # its items go back as they are
+    # its items go back as they are, and as the SDK writes them
     sdk = await make_sdk()
+    dumped = [item.model_dump() for item in answer.output]
+    again = await sdk.responses.create(model="tiny", input=[{"role": "user", "content": "Hi"}, *dumped[1:]])
+    assert again.output_text == HELLO
     answer = await sdk.responses.create(model="tiny", input=[{"role": "user", "content": "Hi"}, *answer.output])
     assert answer.output_text == HELLO
 
