@@ -133,7 +133,6 @@ async def test_wrong_messages_name_the_place(make_http, messages, param):
         (CHAT, "tool_choice", {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": []}}),
         (CHAT, "functions", [{}]),
         (CHAT, "function_call", {"name": "f"}),
-        (CHAT, "prediction", {"type": "content", "content": "x"}),
         (CHAT, "audio", {}),
         (CHAT, "modalities", ["text", "audio"]),
         (CHAT, "web_search_options", {}),
