@@ -112,7 +112,7 @@ def summarise_throughput(runs: Sequence[RunRecord], *, price_per_gpu_hour: float
 
 def _set_variant(core: EngineCore, variant: str) -> None:
     if variant == SPECULATION and core.info.max_depth == 0:
-        raise ConfigError("The variant speculation needs heads or prompt lookup.", hint="Name heads, or use --variants plain.")
+        raise ConfigError("The variant speculation needs heads or prompt lookup.", hint="Use --heads, or --variants plain.")
     core.set_tree_size(tree_size(variant))
 
 

@@ -43,7 +43,7 @@ WRONG_FIELDS: list[tuple[str, dict[str, Any], int, str, str]] = [
     (COMPLETIONS, {"temprature": 1}, 400, "unknown_parameter", "temprature"),
     (COMPLETIONS, {"logit_bias": {"x": 1}}, 400, "invalid_value", "logit_bias"),
     (COMPLETIONS, {"logprobs": 21}, 400, "invalid_value", "logprobs"),
-    (CHAT, {"tools": [{"type": "function"}]}, 400, "unsupported_parameter", "tools"),
+    (CHAT, {"tools": [{"type": "function"}]}, 400, "invalid_value", "tools[0].function"),
 ]
 WRONG_BODIES = {
     "cut short": b'{"model": "' + MODEL.encode() + b'", "prompt": ',
