@@ -80,7 +80,11 @@ def check(loaded: LoadedModel, outputs: dict[tuple[int, int], Output]) -> None:
 def test_logprobs_are_those_of_transformers(variant):
     options = dict(VARIANTS[variant])
     loaded = dataclasses.replace(tiny_model(ARCHITECTURE), max_model_len=options.pop("max_model_len", 256))
-    requests = list(zip(prompts(), PARAMETERS, strict=True))
+    parameters = PARAMETERS
+    if variant == "kernels":
+        # the interpreter runs programs one by one
+        parameters = [dataclasses.replace(params, max_tokens=min(params.max_tokens or 0, 6), n=1) for params in PARAMETERS]
+    requests = list(zip(prompts(), parameters, strict=True))
     plain = run(make_engine(loaded, None, mode="eager"), requests)
     heads = oracle_heads(loaded, [prompts()[number] + output.token_ids for (number, _), output in plain.items()])
     core = make_engine(loaded, heads, **options)

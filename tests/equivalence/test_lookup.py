@@ -94,7 +94,7 @@ def predicted(output: list[int]) -> tuple[int, ...]:
     [
         ({"tree_size": 16}, list(PARAMETERS)),
         ({"tree_size": 8, "max_steps_in_flight": 1, "max_num_seqs": 3}, list(PARAMETERS)),
-        pytest.param(CAPTURED, ["greedy", "sampled"], id="kernels"),
+        pytest.param(CAPTURED, ["greedy", "sampled"], id="kernels", marks=pytest.mark.long),
     ],
 )
 def test_a_prediction_saves_steps_and_changes_no_token(options, names):
