@@ -35,19 +35,21 @@ class CompletionLogprobWriter:
         self._is_hidden = is_hidden
         self._num_characters = 0
 
-    def write(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None]) -> CompletionLogprobs:
-        """The next tokens; None for the first token of a prompt."""
+    def write(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprob | None], *, text: str) -> CompletionLogprobs:
+        """The next tokens; None for the first token of a prompt. text: theirs, in which a client's own prompt may spell tokens that
+        are hidden elsewhere."""
         out = CompletionLogprobs([], [], [], [])
         for token_id, entry in zip(token_ids, logprobs, strict=True):
-            out.text_offset.append(self._advance(token_id))
-            out.tokens.append(self._name(token_id))
+            name = self._name(token_id)
+            out.text_offset.append(self._advance(token_id, is_hidden=name not in text and self._is_hidden(token_id)))
+            out.tokens.append(name)
             out.token_logprobs.append(None if entry is None else _finite(entry.logprob))
             out.top_logprobs.append(None if entry is None else self._top(token_id, entry))
         return out
 
-    def _advance(self, token_id: int) -> int:
+    def _advance(self, token_id: int, *, is_hidden: bool) -> int:
         """Where the token starts: a token that goes on with a character starts where that does."""
-        data = b"" if self._is_hidden(token_id) else self._token_bytes(token_id)
+        data = b"" if is_hidden else self._token_bytes(token_id)
         starts = [byte & 0xC0 != 0x80 for byte in data]
         offset = self._num_characters - int(bool(starts) and not starts[0])
         self._num_characters += sum(starts)

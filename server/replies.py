@@ -139,7 +139,7 @@ class CompletionReply(_DoneReply):
             choice.token_ids = update.token_ids
         if self._body.num_logprobs is not None:
             writer = self._writers[update.index]
-            choice.logprobs = writer.write([*token_ids, *update.token_ids], [*logprobs, *update.logprobs])
+            choice.logprobs = writer.write([*token_ids, *update.token_ids], [*logprobs, *update.logprobs], text=choice.text)
         return choice
 
     def _prompt_text(self, number: int, token_ids: list[int]) -> str:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 
-from tests.server.fakes import EOS, FakeClient
+from tests.server.fakes import EOS, FakeClient, FakeText
 from tests.server.test_completions import post, stream
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
@@ -111,3 +112,15 @@ async def test_special_tokens_take_no_place_in_the_text(make_http):
     assert choice["text"] == "HiH"
     assert choice["logprobs"]["tokens"] == ["</s>", "H", "i", "H"]
     assert choice["logprobs"]["text_offset"] == [0, 0, 1, 2]
+
+
+async def test_special_tokens_that_a_prompt_spells_take_their_place(make_http):
+    class Spelling(FakeText):
+        def encode(self, text, *, add_special_tokens=True):
+            return [EOS if part == "</s>" else ord(part) for part in re.split("(</s>)|", text) if part]
+
+    http = await make_http(text=Spelling())
+    (choice,) = (await post(http, prompt="a</s>b", echo=True, logprobs=0, max_tokens=1)).json()["choices"]
+    assert choice["text"] == "a</s>bH"
+    assert choice["logprobs"]["tokens"] == ["a", "</s>", "b", "H"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 5, 6]
