@@ -9,8 +9,8 @@ from tests.e2e.server_process import ServerSlot
 pytestmark = [pytest.mark.demo, pytest.mark.long]
 
 
-def test_without_heads_it_serves_by_plain_decoding(slot: ServerSlot):
-    server = slot.get("--heads", "none")
+def test_without_heads_and_lookup_it_serves_by_plain_decoding(slot: ServerSlot):
+    server = slot.get("--heads", "none", "--no-prompt-lookup")
     assert server.text("1, 2, 3, 4, 5,", max_tokens=8).startswith(" 6, 7")
     scrape = server.until_idle()
     assert scrape.value("spec_decode_num_drafts_total") == 0
