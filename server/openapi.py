@@ -24,7 +24,7 @@ from server.protocol.completions import Completion, CompletionBody
 from server.protocol.errors import ErrorBody
 from server.protocol.models import ModelCard, ModelList
 from server.protocol.operation import Status, Version
-from server.protocol.responses import ResponseObject, ResponsesBody, StreamEvent
+from server.protocol.responses import EVENTS, ResponseObject, ResponsesBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.settings import ServerSettings
 
@@ -54,7 +54,7 @@ class Operation:
 OPERATIONS = {
     "/v1/completions": Operation(CompletionBody, Completion, (Completion, ErrorBody), errors=(404, 503)),
     "/v1/chat/completions": Operation(ChatBody, ChatCompletion, (ChatChunk, ErrorBody), errors=(404, 503)),
-    "/v1/responses": Operation(ResponsesBody, ResponseObject, tuple(StreamEvent.__subclasses__()), None, errors=(404, 503)),
+    "/v1/responses": Operation(ResponsesBody, ResponseObject, EVENTS, None, errors=(404, 503)),
     "/v1/models": Operation(answer=ModelList, errors=(503,)),
     "/v1/models/{name}": Operation(answer=ModelCard, errors=(404, 503)),
     "/tokenize": Operation(TokenizeBody, Tokenized, errors=(404, 503)),

@@ -32,7 +32,7 @@ from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buck
 from medusa_core.runtime.capture import capture, new_event, new_stream
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
 from medusa_core.runtime.launched import BegunGroup, LaunchedGroup, PendingGraphResult
-from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
+from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, chunk_logprobs, to_host
 from medusa_core.runtime.masked_step import MaskedDecodeStep
 from medusa_core.sampling.logprobs import logprobs_of_hidden
 from medusa_core.speculation.device_tree import DeviceTree
@@ -140,7 +140,7 @@ class GraphRunner:
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
             group = self._launch_chunks(chunks)
             groups += [group] if group is not None else []
-            prompt_logprobs += self._prompt_logprobs(chunks)
+            prompt_logprobs += chunk_logprobs(self._lanes, chunks, self._parts.chunk_hidden_TE, self._parts.model.project)
         if begun is not None:
             groups.append(self._end_masked(begun))
         groups += [self._end_masked(self._begin_masked(group)) for group in masked[1:]]
@@ -263,19 +263,6 @@ class GraphRunner:
         self._load_chunk_masks(drawing)
         self._launcher(step)()
         return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
-
-    def _prompt_logprobs(self, chunks: list[PrefillChunk]) -> list[ChunkLogprobs]:
-        """Of the chunks just launched whose lanes ask for them."""
-        reads, row = [], 0
-        for chunk in chunks:
-            read = self._lanes.prompt_targets(chunk)
-            if read is not None:
-                target_n, num_top = read
-                hidden_nE = self._parts.chunk_hidden_TE[row : row + target_n.shape[0]]
-                rows = logprobs_of_hidden(hidden_nE, target_n, num_top, project=self._parts.model.project)
-                reads.append(ChunkLogprobs(self._lanes.host[chunk.lane].uid, chunk.start, to_host(rows)))
-            row += chunk.num_tokens
-        return reads
 
     def _path_logprobs(self, lanes: Sequence[int], result_BR: Tensor) -> PathLogprobs | None:
         """Of the tokens just drawn. Not part of the captured step: only lanes that ask for them pay, and for their paths alone."""

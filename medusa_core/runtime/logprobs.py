@@ -1,19 +1,20 @@
 """Log-probabilities on their way to the host.
 
-Shapes: R rows · C alternatives.
+Shapes: R rows · C alternatives · T packed rows · E hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from medusa_core.outputs import TokenLogprob
-from medusa_core.plan import PromptLogprobs
-from medusa_core.sampling.logprobs import LogprobRows
+from medusa_core.plan import PrefillChunk, PromptLogprobs
+from medusa_core.runtime.lanes import LaneState
+from medusa_core.sampling.logprobs import LogprobRows, logprobs_of_hidden
 
 
 def to_host(rows: LogprobRows) -> LogprobRows:
@@ -48,6 +49,21 @@ class ChunkLogprobs:
     def read(self) -> PromptLogprobs:
         """Waits for nothing: the copies have arrived."""
         return PromptLogprobs(uid=self.uid, start=self.start, logprobs=_entries(self.rows))
+
+
+def chunk_logprobs(
+    lanes: LaneState, chunks: Sequence[PrefillChunk], hidden_TE: Tensor, project: Callable[[Tensor], Tensor]
+) -> list[ChunkLogprobs]:
+    """Of the chunks whose lanes ask for them. hidden_TE: of all rows of the chunks, which come first, in order."""
+    reads, row = [], 0
+    for chunk in chunks:
+        targets = lanes.prompt_targets(chunk)
+        if targets is not None:
+            target_n, num_top = targets
+            rows = logprobs_of_hidden(hidden_TE[row : row + target_n.shape[0]], target_n, num_top, project=project)
+            reads.append(ChunkLogprobs(lanes.host[chunk.lane].uid, chunk.start, to_host(rows)))
+        row += chunk.num_tokens
+    return reads
 
 
 def cut(logprobs: Sequence[TokenLogprob], num_tokens: int, num_top: int | None) -> list[TokenLogprob]:

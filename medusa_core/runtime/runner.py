@@ -21,9 +21,9 @@ from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.plan import DecodeGroup, LaneResult, PrefillChunk, StepPlan, StepResult
 from medusa_core.runtime.kv_store import KVStore
 from medusa_core.runtime.lanes import HostLane, LaneState
-from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, to_host
+from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, chunk_logprobs, to_host
 from medusa_core.runtime.results import lane_result
-from medusa_core.sampling.logprobs import logprobs_of_hidden, token_logprobs
+from medusa_core.sampling.logprobs import token_logprobs
 from medusa_core.sampling.token_mask import mask_tokens_
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
@@ -128,7 +128,7 @@ class ModelRunner:
             return PendingResult(plan.step_id, [], [], self._grammars)
         rows = self._pack(plan)
         hidden_TE = self._forward(rows)
-        chunks = self._prompt_logprobs(plan.chunks, hidden_TE)
+        chunks = chunk_logprobs(self._lanes, plan.chunks, hidden_TE, self._model.project)
         drawing = [part for part in rows if part.has_draw]
         if not drawing:
             return PendingResult(plan.step_id, [], chunks, self._grammars)
@@ -188,19 +188,6 @@ class ModelRunner:
         # A tree may reach beyond the context, where models with learned positions have none. No token drawn there is ever kept.
         position_ids_T = context.position_ids().clamp(max=self._lanes.max_model_len - 1)
         return self._model.forward(token_ids_T, position_ids_T, context)
-
-    def _prompt_logprobs(self, chunks: Sequence[PrefillChunk], hidden_TE: Tensor) -> list[ChunkLogprobs]:
-        """Of the chunks whose lanes ask for them. Chunks are the first rows of a step."""
-        reads, row = [], 0
-        for chunk in chunks:
-            read = self._lanes.prompt_targets(chunk)
-            if read is not None:
-                target_n, num_top = read
-                hidden_nE = hidden_TE[row : row + target_n.shape[0]]
-                logprobs = logprobs_of_hidden(hidden_nE, target_n, num_top, project=self._model.project)
-                reads.append(ChunkLogprobs(self._lanes.host[chunk.lane].uid, chunk.start, to_host(logprobs)))
-            row += chunk.num_tokens
-        return reads
 
     def _path_logprobs(self, lanes: list[int], walk: Walk, logits_BNV: Tensor) -> PathLogprobs | None:
         places, num_top = self._lanes.with_logprobs(lanes)

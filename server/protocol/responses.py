@@ -319,38 +319,34 @@ class ItemEvent(StreamEvent, kw_only=True):
     item: OutputMessage | OutputCall
 
 
-class PartEvent(StreamEvent, kw_only=True):
+class _OfItem(StreamEvent, kw_only=True):
     item_id: str
     output_index: int
+
+
+class _OfPart(_OfItem, kw_only=True):
     content_index: int = 0
+
+
+class PartEvent(_OfPart, kw_only=True):
     part: OutputText
 
 
-class TextDeltaEvent(StreamEvent, kw_only=True):
-    item_id: str
-    output_index: int
-    content_index: int = 0
+class TextDeltaEvent(_OfPart, kw_only=True):
     delta: str
     logprobs: list[ChatTokenLogprob]
 
 
-class TextDoneEvent(StreamEvent, kw_only=True):
-    item_id: str
-    output_index: int
-    content_index: int = 0
+class TextDoneEvent(_OfPart, kw_only=True):
     text: str
     logprobs: list[ChatTokenLogprob]
 
 
-class ArgumentsDeltaEvent(StreamEvent, kw_only=True):
-    item_id: str
-    output_index: int
+class ArgumentsDeltaEvent(_OfItem, kw_only=True):
     delta: str
 
 
-class ArgumentsDoneEvent(StreamEvent, kw_only=True):
-    item_id: str
-    output_index: int
+class ArgumentsDoneEvent(_OfItem, kw_only=True):
     name: str
     arguments: str
 
@@ -359,3 +355,16 @@ class ErrorEvent(StreamEvent, kw_only=True):
     code: str | None
     message: str
     param: str | None
+
+
+# All that a stream may hold.
+EVENTS = (
+    ResponseEvent,
+    ItemEvent,
+    PartEvent,
+    TextDeltaEvent,
+    TextDoneEvent,
+    ArgumentsDeltaEvent,
+    ArgumentsDoneEvent,
+    ErrorEvent,
+)
