@@ -188,7 +188,7 @@ class DecodeStep:
 
     def __call__(self) -> None:
         rows = self.pack()
-        self.finish(rows, self.forward(rows))
+        self.finish(rows, self.forward(rows), self.lane_B)
 
     def pack(self) -> TreeRows:
         """Draft."""
@@ -229,11 +229,11 @@ class DecodeStep:
         )
         return parts.model.forward(rows.token_T, rows.position_T, context)
 
-    def finish(self, rows: TreeRows, hidden_TE: Tensor, bits_TW: Tensor | None = None) -> None:
-        """Draw, walk, commit. bits_TW: see `StepParts.draw`."""
+    def finish(self, rows: TreeRows, hidden_TE: Tensor, lane_B: Tensor, bits_TW: Tensor | None = None) -> None:
+        """Draw, walk, commit. lane_B: whose rows they are. bits_TW: see `StepParts.draw`."""
         parts, tree = self._parts, self.tree
         drawn_T = parts.draw(hidden_TE, rows.lane_T, rows.token_T, rows.index_T, tree, is_greedy=self._is_greedy, bits_TW=bits_TW)
-        source_BL, target_BL = parts.walk(self.lane_B, drawn_T, rows.token_T, hidden_TE, tree.parent_N, self.result_BR)
+        source_BL, target_BL = parts.walk(lane_B, drawn_T, rows.token_T, hidden_TE, tree.parent_N, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
@@ -275,7 +275,7 @@ class PrefillStep:
     """T rows of prompt chunks, up to C of them last chunks. `load` the chunks, then call it.
 
     bits_CW: which tokens each last chunk may draw (see `StepParts.draw`), an input too. result_BR: int64 [C, 1 + 3], a row per last
-    chunk in the order of the chunks.
+    chunk in the order of the chunks. tree: of a draw, a root alone.
     """
 
     def __init__(self, parts: StepParts, num_rows: int, bits_CW: Tensor, *, is_greedy: bool) -> None:
@@ -288,7 +288,7 @@ class PrefillStep:
         self._parts = parts
         self._bits_CW = bits_CW
         self._is_greedy = is_greedy
-        self._root = DeviceTree.causal(1, device)
+        self.tree = DeviceTree.causal(1, device)
         self._inputs = torch.zeros(2 * num_rows + 2 * num_draws + 4 * self._num_tiles, dtype=torch.int64, device=device)
         self.result_BR = torch.zeros(num_draws, 1 + NUM_RESULT_COLUMNS, dtype=torch.int64, device=device)
         self.load([])
@@ -332,6 +332,6 @@ class PrefillStep:
         index_C = lanes.num_known_P[draw_lane_C] - lanes.num_prompt_P[draw_lane_C]
         # a tree of one node has no drafts on the way, so its token does not matter
         drawn_C = parts.draw(
-            hidden_CE, draw_lane_C, draw_row_C, index_C, self._root, is_greedy=self._is_greedy, bits_TW=self._bits_CW
+            hidden_CE, draw_lane_C, draw_row_C, index_C, self.tree, is_greedy=self._is_greedy, bits_TW=self._bits_CW
         )
-        parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self._root.parent_N, self.result_BR)
+        parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self.tree.parent_N, self.result_BR)

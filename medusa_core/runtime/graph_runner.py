@@ -17,7 +17,6 @@ import bisect
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,14 +25,15 @@ from tqdm import tqdm
 
 from medusa_core.errors import ConfigError
 from medusa_core.grammar.lanes import GrammarLanes
+from medusa_core.kernels.topk import topk_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, PrefillChunk, StepPlan
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
 from medusa_core.runtime.capture import capture, new_event, new_stream
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
-from medusa_core.runtime.launched import BegunGroup, LaunchedGroup, PendingGraphResult
+from medusa_core.runtime.launched import LaunchedGroup, PendingGraphResult
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, chunk_logprobs, to_host
-from medusa_core.runtime.masked_step import MaskedDecodeStep
+from medusa_core.runtime.masked_step import BegunStep, MaskedSteps
 from medusa_core.sampling.logprobs import logprobs_of_hidden
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.tree.topology import TreeTopology
@@ -74,18 +74,16 @@ class GraphRunner:
         max_lanes = parts.lanes.num_lanes
         self._sizes = lane_buckets(max_lanes)
         # The lanes of a step, by bucket, and what is in there now: a list that stays is not sent again.
-        # Those of steps under grammars have places of their own.
-        self._lane_inputs = {(size, False): torch.full((size,), parts.lanes.null_lane, device=device) for size in self._sizes}
-        self._loaded: dict[tuple[int, bool], list[int]] = {}
+        self._lane_inputs = {size: torch.full((size,), parts.lanes.null_lane, device=device) for size in self._sizes}
+        self._loaded: dict[int, list[int]] = {}
         self._trees = {nodes: DeviceTree.create(topology.prefix(nodes), device) for nodes in node_sizes}
+        buckets = decode_buckets(max_lanes, node_sizes, max_rows)
         self._decode = {
-            (size, nodes, is_greedy): DecodeStep(parts, self._lane_inputs[size, False], self._trees[nodes], is_greedy=is_greedy)
-            for size, nodes in decode_buckets(max_lanes, node_sizes, max_rows)
+            (size, nodes, is_greedy): DecodeStep(parts, self._lane_inputs[size], self._trees[nodes], is_greedy=is_greedy)
+            for size, nodes in buckets
             for is_greedy in (True, False)
         }
-        self._masked: dict[tuple[int, int], MaskedDecodeStep] = {}
-        self._masks_RW: Tensor | None = None
-        self._masked_pool: Any = None
+        self._masked = MaskedSteps(parts, grammars, topology.parents, self._trees, buckets)
         self._chunk_sizes = chunk_buckets(max_chunk_rows)
         # All ones, but for the lanes with a grammar in the latest step.
         self._chunk_bits_CW = torch.full((MAX_CHUNKS, grammars.num_words), -1, dtype=torch.int32, device=device)
@@ -96,8 +94,6 @@ class GraphRunner:
             for is_greedy in (True, False)
         }
         self._replay: dict[DecodeStep | PrefillStep, Callable[[], None]] = {}
-        # What captures share: the stream of their warm-up, as the allocator keeps the memory of each apart, and their own memory.
-        self._capture_on: tuple[torch.cuda.Stream, Any] | None = None
 
     @property
     def num_graphs(self) -> int:
@@ -112,7 +108,8 @@ class GraphRunner:
         steps: list[DecodeStep | PrefillStep] = [*self._decode.values(), *self._prefill.values()]
         # The largest first: later captures then reuse its memory, as no two graphs run at once.
         steps.sort(key=lambda step: -_num_rows(step))
-        warm_up, pool = self._capture_on = new_stream(), torch.cuda.graph_pool_handle()
+        # What captures share: the stream of their warm-up, as the allocator keeps the memory of each apart, and their own memory.
+        warm_up, pool = self._masked.capture_on = new_stream(), torch.cuda.graph_pool_handle()
         try:
             for step in tqdm(steps, desc="capturing steps", disable=not progress):
                 self._replay[step] = capture(step, warm_up, pool)
@@ -123,7 +120,7 @@ class GraphRunner:
             ) from error
         except RuntimeError as error:
             self._replay.clear()
-            self._capture_on = None
+            self._masked.capture_on = None
             logger.warning("The model's steps cannot be captured and run kernel by kernel, which is slower: %s", error)
         torch.cuda.synchronize()
 
@@ -133,17 +130,27 @@ class GraphRunner:
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
         masked = [group for group in plan.decode_groups if group.has_grammar]
-        # The host makes the first one's masks while the device runs all that is launched before they are needed.
-        begun = self._begin_masked(masked[0]) if masked else None
-        groups = [self._launch_group(group) for group in plan.decode_groups if not group.has_grammar]
+        free = [group for group in plan.decode_groups if not group.has_grammar]
+        groups: list[LaunchedGroup] = []
+        begun: BegunStep | None = None
+        if masked:
+            # The host makes the first one's masks while the device runs all that is launched before they are needed.
+            beside = next((group for group in free if self._masked.can_share(masked[0], group)), None)
+            begun = self._masked.begin(masked[0], beside)
+            if beside is not None:
+                free.remove(beside)
+                groups.append(self._collect(beside.lanes, begun.shared))
+        groups += [self._launch_group(group) for group in free]
         prompt_logprobs: list[ChunkLogprobs] = []
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
-            group = self._launch_chunks(chunks)
-            groups += [group] if group is not None else []
-            prompt_logprobs += chunk_logprobs(self._lanes, chunks, self._parts.chunk_hidden_TE, self._parts.model.project)
-        if begun is not None:
-            groups.append(self._end_masked(begun))
-        groups += [self._end_masked(self._begin_masked(group)) for group in masked[1:]]
+            drawn = self._launch_chunks(chunks)
+            groups += [drawn] if drawn is not None else []
+            hidden_TE, project = self._parts.chunk_hidden_TE, self._parts.model.project
+            prompt_logprobs += chunk_logprobs(self._lanes, chunks, hidden_TE, project, top_k=topk_rows)
+        for group in masked:
+            begun = begun or self._masked.begin(group, None)
+            groups.append(self._collect(group.lanes, self._masked.end(begun)))
+            begun = None
         is_done = self._record() if groups or prompt_logprobs else None
         return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars)
 
@@ -198,48 +205,7 @@ class GraphRunner:
         self._load_lanes(size, group.lanes)
         step = self._decode[size, group.num_nodes, self._lanes.is_all_greedy(group.lanes)]
         self._launcher(step)()
-        return self._collect(group.lanes, step.tree, step.result_BR)
-
-    def _begin_masked(self, group: DecodeGroup) -> BegunGroup:
-        """Draft, and run the model. No other masked step may begin before this one ends."""
-        size = self._bucket(group)
-        step = self._masked_step(size, group.num_nodes)
-        self._load_lanes(size, group.lanes, has_grammar=True)
-        step.start()
-        draft_BN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=self._is_cuda)
-        draft_BN.copy_(step.token_BN[: len(group.lanes)], non_blocking=True)
-        is_drafted = self._record()
-        step.run_model()
-        return BegunGroup(group, step, draft_BN, is_drafted)
-
-    def _end_masked(self, begun: BegunGroup) -> LaunchedGroup:
-        """Make the masks, and draw."""
-        group, step = begun.group, begun.step
-        if begun.is_drafted is not None:
-            begun.is_drafted.synchronize()
-        # smaller trees are the first nodes of larger ones
-        parents = self._topology.parents[: group.num_nodes]
-        step.load_masks(*self._grammars.fill(group.lanes, begun.draft_BN.numpy(), parents))
-        step.end()
-        return self._collect(group.lanes, step.tree, step.result_BR)
-
-    def _masked_step(self, size: int, num_nodes: int) -> MaskedDecodeStep:
-        """Made and captured on first use. What such steps hand on between their parts is theirs alone, lanes and memory, as other
-        steps run in between."""
-        if self._masks_RW is None:
-            shape = (max(lanes * nodes for lanes, nodes, _ in self._decode), self._grammars.num_words)
-            self._masks_RW = torch.zeros(shape, dtype=torch.int32, device=self._parts.model.device)
-            self._masked_pool = torch.cuda.graph_pool_handle() if self._capture_on is not None else None
-        if (size, num_nodes) not in self._masked:
-            lane_B = self._lane_inputs.setdefault(
-                (size, True), torch.full_like(self._lane_inputs[size, False], self._lanes.null_lane)
-            )
-            step = MaskedDecodeStep(self._parts, lane_B, self._trees[num_nodes], self._masks_RW)
-            if self._capture_on is not None:
-                self._load_lanes(size, [], has_grammar=True)
-                step.capture(self._capture_on[0], self._masked_pool)
-            self._masked[size, num_nodes] = step
-        return self._masked[size, num_nodes]
+        return self._collect(group.lanes, step)
 
     def _load_chunk_masks(self, drawing: Sequence[int]) -> None:
         """Of the lanes that the next prefill step draws for."""
@@ -262,7 +228,7 @@ class GraphRunner:
         step.load(chunks)
         self._load_chunk_masks(drawing)
         self._launcher(step)()
-        return self._collect(drawing, self._trees[1], step.result_BR) if drawing else None
+        return self._collect(drawing, step) if drawing else None
 
     def _path_logprobs(self, lanes: Sequence[int], result_BR: Tensor) -> PathLogprobs | None:
         """Of the tokens just drawn. Not part of the captured step: only lanes that ask for them pay, and for their paths alone."""
@@ -273,15 +239,15 @@ class GraphRunner:
         place_b, lane_b = self._lanes.upload(np.array([places, [lanes[place] for place in places]], dtype=np.int64))
         hidden_bLE = self._parts.path_hidden_PLE[lane_b, :num_levels]
         token_bL = result_BR[place_b, :num_levels].clamp(min=0)
-        rows = logprobs_of_hidden(hidden_bLE.flatten(0, 1), token_bL.flatten(), num_top, project=self._parts.model.project)
+        hidden_RE, token_R = hidden_bLE.flatten(0, 1), token_bL.flatten()
+        rows = logprobs_of_hidden(hidden_RE, token_R, num_top, project=self._parts.model.project, top_k=topk_rows)
         return PathLogprobs(places, num_levels, to_host(rows))
 
-    def _load_lanes(self, size: int, lanes: list[int], *, has_grammar: bool = False) -> None:
-        where = size, has_grammar
-        if self._loaded.get(where) != lanes:
-            self._loaded[where] = list(lanes)
+    def _load_lanes(self, size: int, lanes: list[int]) -> None:
+        if self._loaded.get(size) != lanes:
+            self._loaded[size] = list(lanes)
             padding = [self._lanes.null_lane] * (size - len(lanes))
-            self._lane_inputs[where].copy_(self._lanes.index([*lanes, *padding]))
+            self._lane_inputs[size].copy_(self._lanes.index([*lanes, *padding]))
 
     def _bucket(self, group: DecodeGroup) -> int:
         return self._sizes[bisect.bisect_left(self._sizes, len(group.lanes))]
@@ -290,12 +256,13 @@ class GraphRunner:
         """The step's graph, or the step itself where it was not captured."""
         return self._replay.get(step, step)
 
-    def _collect(self, lanes: Sequence[int], tree: DeviceTree, result_BR: Tensor) -> LaunchedGroup:
+    def _collect(self, lanes: Sequence[int], step: DecodeStep | PrefillStep) -> LaunchedGroup:
         """Start the copy of the lanes' result rows; the step's own buffer is free for its next launch behind it."""
+        result_BR = step.result_BR
         host_BR = torch.empty(len(lanes), result_BR.shape[1], dtype=torch.int64, pin_memory=self._is_cuda)
         host_BR.copy_(result_BR[: len(lanes)], non_blocking=True)
         hosts = [self._lanes.host[lane] for lane in lanes]
-        return LaunchedGroup(lanes, hosts, tree, host_BR, self._path_logprobs(lanes, result_BR))
+        return LaunchedGroup(lanes, hosts, step.tree, host_BR, self._path_logprobs(lanes, result_BR))
 
     def _record(self) -> torch.cuda.Event | None:
         if not self._is_cuda:

@@ -1,6 +1,6 @@
 """What a captured step leaves behind: results on their way to the host.
 
-Shapes: B lanes of the step · R columns of a result · N nodes.
+Shapes: B lanes of the step · R columns of a result.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
-from medusa_core.plan import DecodeGroup, LaneResult, StepResult
+from medusa_core.plan import LaneResult, StepResult
 from medusa_core.runtime.lanes import HostLane
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs
-from medusa_core.runtime.masked_step import MaskedDecodeStep
 from medusa_core.runtime.results import lane_result
 from medusa_core.speculation.device_tree import DeviceTree
 
@@ -30,16 +29,6 @@ class LaunchedGroup:
     tree: DeviceTree
     result_BR: Tensor
     logprobs: PathLogprobs | None
-
-
-@dataclass(frozen=True, slots=True)
-class BegunGroup:
-    """A step under grammars that waits for its masks. draft_BN: on the host, when `is_drafted`."""
-
-    group: DecodeGroup
-    step: MaskedDecodeStep
-    draft_BN: Tensor
-    is_drafted: torch.cuda.Event | None
 
 
 class PendingGraphResult:

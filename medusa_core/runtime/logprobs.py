@@ -14,7 +14,7 @@ from torch import Tensor
 from medusa_core.outputs import TokenLogprob
 from medusa_core.plan import PrefillChunk, PromptLogprobs
 from medusa_core.runtime.lanes import LaneState
-from medusa_core.sampling.logprobs import LogprobRows, logprobs_of_hidden
+from medusa_core.sampling.logprobs import LogprobRows, TopK, logprobs_of_hidden, top_ids
 
 
 def to_host(rows: LogprobRows) -> LogprobRows:
@@ -52,7 +52,12 @@ class ChunkLogprobs:
 
 
 def chunk_logprobs(
-    lanes: LaneState, chunks: Sequence[PrefillChunk], hidden_TE: Tensor, project: Callable[[Tensor], Tensor]
+    lanes: LaneState,
+    chunks: Sequence[PrefillChunk],
+    hidden_TE: Tensor,
+    project: Callable[[Tensor], Tensor],
+    *,
+    top_k: TopK = top_ids,
 ) -> list[ChunkLogprobs]:
     """Of the chunks whose lanes ask for them. hidden_TE: of all rows of the chunks, which come first, in order."""
     reads, row = [], 0
@@ -60,7 +65,8 @@ def chunk_logprobs(
         targets = lanes.prompt_targets(chunk)
         if targets is not None:
             target_n, num_top = targets
-            rows = logprobs_of_hidden(hidden_TE[row : row + target_n.shape[0]], target_n, num_top, project=project)
+            hidden_nE = hidden_TE[row : row + target_n.shape[0]]
+            rows = logprobs_of_hidden(hidden_nE, target_n, num_top, project=project, top_k=top_k)
             reads.append(ChunkLogprobs(lanes.host[chunk.lane].uid, chunk.start, to_host(rows)))
         row += chunk.num_tokens
     return reads

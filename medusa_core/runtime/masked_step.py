@@ -1,82 +1,275 @@
-"""A decode step of lanes with grammars, in three parts: draft, forward pass, draw.
+"""Decode steps of lanes with grammars, in three parts: draft, forward pass, draw.
 
 What a grammar allows at a node depends on the drafts above it, which the host must see. It waits for the first part only, and makes
-the masks while the device is at the second; they arrive before the third. The parts hand tensors on to each other, which stay where
-they are once the parts are captured; no other step of the kind may run in between.
+the masks while the device is at the second; they arrive before the third. Lanes without a grammar share the first two parts, as
+further rows of a forward pass cost next to nothing, and are done with right behind the second: they wait for no mask.
 
-Shapes: B lanes of the step · N nodes · T = B * N packed rows · W words of 32 tokens.
+Shapes: B lanes of the step · G lanes with a grammar · N nodes · T packed rows · R most rows of a step · W words of 32 tokens ·
+E hidden.
 """
 
 from __future__ import annotations
 
+import bisect
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medusa_core.runtime.capture import capture
+from medusa_core.grammar.lanes import GrammarLanes
+from medusa_core.plan import DecodeGroup
+from medusa_core.runtime.capture import capture, new_event
 from medusa_core.runtime.device_step import DecodeStep, StepParts, TreeRows
 from medusa_core.speculation.device_tree import DeviceTree
 
 logger = logging.getLogger(__name__)
 
 
-class MaskedDecodeStep(DecodeStep):
-    """Set the lanes, then call `start`, `run_model`, `load_masks` and `end`.
+@dataclass(frozen=True, slots=True)
+class WaitingRows:
+    """What the rows of a forward pass leave for the draws: their hidden states, and tokens and indices of TreeRows. bits_RW: the
+    masks, int32, of the rows that are drawn for."""
 
-    bits_RW: int32, of at least T rows; where the masks go. start: drafts. end: draws, walks and commits.
+    token_R: Tensor
+    index_R: Tensor
+    hidden_RE: Tensor
+    bits_RW: Tensor
+
+    @classmethod
+    def create(cls, parts: StepParts, num_rows: int, num_words: int) -> WaitingRows:
+        hidden_PE = parts.lanes.hidden_PE
+        token_R, index_R = torch.zeros(2, num_rows, dtype=torch.int64, device=hidden_PE.device)
+        return cls(
+            token_R=token_R,
+            index_R=index_R,
+            hidden_RE=hidden_PE.new_zeros(num_rows, hidden_PE.shape[1]),
+            bits_RW=torch.zeros(num_rows, num_words, dtype=torch.int32, device=hidden_PE.device),
+        )
+
+
+class SharedPass(DecodeStep):
+    """Draft and forward pass of B lanes. Set the lanes, then call `start` and `run_model`, nothing in between.
+
+    lanes_2B: the lanes of the step, and again with the null lane in place of those that wait for masks. is_greedy: of those that do
+    not wait; None if all do. result_BR: see DecodeStep, of those that do not wait.
     """
 
     start: Callable[[], None]
     run_model: Callable[[], None]
-    end: Callable[[], None]
 
-    def __init__(self, parts: StepParts, lane_B: Tensor, tree: DeviceTree, bits_RW: Tensor) -> None:
-        super().__init__(parts, lane_B, tree, is_greedy=False)
-        self._bits_TW = bits_RW[: lane_B.shape[0] * tree.num_nodes]
+    def __init__(
+        self, parts: StepParts, lanes_2B: Tensor, tree: DeviceTree, waiting: WaitingRows, *, is_greedy: bool | None
+    ) -> None:
+        super().__init__(parts, lanes_2B[0], tree, is_greedy=bool(is_greedy))
+        self._free_B = lanes_2B[1]
+        self._has_free = is_greedy is not None
+        self._waiting = waiting
         self._rows: TreeRows | None = None
-        self._hidden_TE: Tensor | None = None
-        self.start, self.run_model, self.end = self._start, self._run_model, self._end
-
-    @property
-    def token_BN(self) -> Tensor:
-        """Token of every node, int64, when `start` has run."""
-        assert self._rows is not None
-        return self._rows.token_T.view(-1, self.tree.num_nodes)
-
-    def load_masks(self, bits_bNW: np.ndarray, is_left_out_bN: np.ndarray) -> None:
-        """What GrammarLanes.fill says of the first b lanes, behind which there are null lanes only."""
-        upload = self._parts.lanes.upload
-        bits_rW = bits_bNW.reshape(-1, bits_bNW.shape[2])
-        self._bits_TW[: len(bits_rW)].copy_(upload(bits_rW))
-        if is_left_out_bN.any():
-            # no token is -1, so nobody descends there
-            self.token_BN[: len(is_left_out_bN)].masked_fill_(upload(is_left_out_bN), -1)
+        self.start, self.run_model = self._start, self._run_model
 
     def capture(self, warm_up: torch.cuda.Stream, pool: Any) -> None:
-        """Capture the parts, if they can be. The lanes must be null lanes."""
-        replays = []
-        try:
-            for part in (self._start, self._run_model, self._end):
-                replays.append(capture(part, warm_up, pool))
-                # A capture computes nothing, and the next part reads what this one leaves.
-                replays[-1]()
-        except RuntimeError as error:
-            logger.warning("A step under grammars cannot be captured and runs kernel by kernel, which is slower: %s", error)
-        else:
-            self.start, self.run_model, self.end = replays
+        self.start, self.run_model = _capture_parts((self._start, self._run_model), warm_up, pool)
 
     def _start(self) -> None:
-        self._rows = self.pack()
+        self._rows = rows = self.pack()
+        num_rows = len(rows.token_T)
+        self._waiting.token_R[:num_rows].copy_(rows.token_T)
+        self._waiting.index_R[:num_rows].copy_(rows.index_T)
 
     def _run_model(self) -> None:
-        assert self._rows is not None
-        self._hidden_TE = self.forward(self._rows)
+        rows = self._rows
+        assert rows is not None
+        hidden_TE = self.forward(rows)
+        self._waiting.hidden_RE[: len(hidden_TE)].copy_(hidden_TE)
+        if self._has_free:
+            # The rows of lanes that wait are drawn for in the null lane's name, which changes nothing.
+            free_T = self._free_B.repeat_interleave(self.tree.num_nodes)
+            self.finish(rows._replace(lane_T=free_T), hidden_TE, self._free_B)
+
+
+class MaskedDraw(DecodeStep):
+    """Draws of G lanes, from rows of the latest SharedPass. Set the inputs, then call `end`.
+
+    inputs_2G: the lanes, and their places in the pass.
+    """
+
+    end: Callable[[], None]
+
+    def __init__(self, parts: StepParts, inputs_2G: Tensor, tree: DeviceTree, waiting: WaitingRows) -> None:
+        lane_G, self._place_G = inputs_2G
+        super().__init__(parts, lane_G, tree, is_greedy=False)
+        self._waiting = waiting
+        self._node_N = torch.arange(tree.num_nodes, device=lane_G.device)
+        self.end = self._end
+
+    def capture(self, warm_up: torch.cuda.Stream, pool: Any) -> None:
+        (self.end,) = _capture_parts((self._end,), warm_up, pool)
 
     def _end(self) -> None:
-        assert self._rows is not None
-        assert self._hidden_TE is not None
-        self.finish(self._rows, self._hidden_TE, self._bits_TW)
+        waiting, num_nodes = self._waiting, self.tree.num_nodes
+        row_T = (self._place_G.unsqueeze(1) * num_nodes + self._node_N).flatten()
+        rows = TreeRows(
+            token_T=waiting.token_R[row_T],
+            index_T=waiting.index_R[row_T],
+            lane_T=self.lane_B.repeat_interleave(num_nodes),
+            # of no use once the model has run
+            position_T=row_T,
+            slot_T=row_T,
+            base_B=self.lane_B,
+        )
+        self.finish(rows, waiting.hidden_RE[row_T], self.lane_B, waiting.bits_RW[: len(row_T)])
+
+
+@dataclass(frozen=True, slots=True)
+class BegunStep:
+    """Lanes that wait for masks. tokens_GN: on the host, when `is_drafted`. first_place: of the lanes, in the pass."""
+
+    group: DecodeGroup
+    shared: SharedPass
+    tokens_GN: Tensor
+    first_place: int
+    is_drafted: torch.cuda.Event | None
+
+
+class MaskedSteps:
+    """Begins and ends the steps of a runner that wait for masks.
+
+    They are made and captured when they are first needed, so that a server without grammars has nothing of them.
+
+    trees: by number of nodes. buckets: (lanes, nodes) of the steps there may be.
+    """
+
+    def __init__(
+        self,
+        parts: StepParts,
+        grammars: GrammarLanes,
+        parents: Sequence[int],
+        trees: Mapping[int, DeviceTree],
+        buckets: Sequence[tuple[int, int]],
+    ) -> None:
+        self._parts = parts
+        self._grammars = grammars
+        self._parents = tuple(parents)
+        self._trees = trees
+        self._sizes = {nodes: sorted(size for size, n in buckets if n == nodes) for nodes in trees}
+        self._num_rows = max(lanes * nodes for lanes, nodes in buckets)
+        self._waiting: WaitingRows | None = None
+        self._shared: dict[tuple[int, int, bool | None], SharedPass] = {}
+        self._draws: dict[tuple[int, int], MaskedDraw] = {}
+        self._inputs: dict[tuple[str, int], Tensor] = {}
+        # What is in the inputs now: a list that stays is not sent again.
+        self._loaded: dict[tuple[str, int], list[list[int]]] = {}
+        # stream and memory, once the runner captures
+        self.capture_on: tuple[torch.cuda.Stream, Any] | None = None
+
+    def can_share(self, group: DecodeGroup, beside: DecodeGroup) -> bool:
+        """Whether a group without grammars fits into the pass of one with them."""
+        return group.num_nodes == beside.num_nodes and len(group.lanes) + len(beside.lanes) <= self._sizes[group.num_nodes][-1]
+
+    def begin(self, group: DecodeGroup, beside: DecodeGroup | None) -> BegunStep:
+        """Draft, and run the model; be done with the lanes of `beside`, whose results are the first of the pass. The step must end
+        before another begins."""
+        free = [] if beside is None else beside.lanes
+        is_greedy = None if beside is None else self._parts.lanes.is_all_greedy(free)
+        shared = self._pass_of(len(free) + len(group.lanes), group.num_nodes, is_greedy)
+        null = self._parts.lanes.null_lane
+        padding = [null] * (shared.lane_B.shape[0] - len(free) - len(group.lanes))
+        self._load("pass", [[*free, *group.lanes, *padding], [*free, *[null] * len(group.lanes), *padding]])
+        shared.start()
+        is_cuda = shared.lane_B.is_cuda
+        tokens_GN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=is_cuda)
+        tokens_GN.copy_(self._tokens(len(free), tokens_GN.shape), non_blocking=True)
+        is_drafted = None
+        if is_cuda:
+            is_drafted = new_event()
+            is_drafted.record()
+        shared.run_model()
+        return BegunStep(group, shared, tokens_GN, len(free), is_drafted)
+
+    def end(self, begun: BegunStep) -> MaskedDraw:
+        """Make the masks, and draw. The results are those of the returned step."""
+        group, tokens_GN = begun.group, begun.tokens_GN
+        if begun.is_drafted is not None:
+            begun.is_drafted.synchronize()
+        upload = self._parts.lanes.upload
+        # smaller trees are the first nodes of larger ones
+        bits_GNW, is_left_out_GN = self._grammars.fill(group.lanes, tokens_GN.numpy(), self._parents[: group.num_nodes])
+        draw = self._draw_of(len(group.lanes), group.num_nodes)
+        assert self._waiting is not None
+        bits_TW = bits_GNW.reshape(-1, bits_GNW.shape[2])
+        self._waiting.bits_RW[: len(bits_TW)].copy_(upload(bits_TW))
+        if is_left_out_GN.any():
+            # no token is -1, so nobody descends there
+            self._tokens(begun.first_place, tokens_GN.shape).masked_fill_(upload(is_left_out_GN), -1)
+        num_padding = draw.lane_B.shape[0] - len(group.lanes)
+        places = range(begun.first_place, begun.first_place + len(group.lanes))
+        self._load("draw", [[*group.lanes, *[self._parts.lanes.null_lane] * num_padding], [*places, *[0] * num_padding]])
+        draw.end()
+        return draw
+
+    def _tokens(self, first_place: int, shape: Sequence[int]) -> Tensor:
+        """Of the nodes of lanes that wait, int64 [G, N]."""
+        assert self._waiting is not None
+        num_lanes, num_nodes = shape
+        return self._waiting.token_R[first_place * num_nodes : (first_place + num_lanes) * num_nodes].view(num_lanes, num_nodes)
+
+    def _pass_of(self, num_lanes: int, num_nodes: int, is_greedy: bool | None) -> SharedPass:
+        size = self._bucket(num_lanes, num_nodes)
+        key = size, num_nodes, is_greedy
+        if key not in self._shared:
+            step = SharedPass(self._parts, self._input("pass", size), self._trees[num_nodes], self._rows(), is_greedy=is_greedy)
+            self._capture(step, "pass", size)
+            self._shared[key] = step
+        return self._shared[key]
+
+    def _draw_of(self, num_lanes: int, num_nodes: int) -> MaskedDraw:
+        size = self._bucket(num_lanes, num_nodes)
+        if (size, num_nodes) not in self._draws:
+            step = MaskedDraw(self._parts, self._input("draw", size), self._trees[num_nodes], self._rows())
+            self._capture(step, "draw", size)
+            self._draws[size, num_nodes] = step
+        return self._draws[size, num_nodes]
+
+    def _bucket(self, num_lanes: int, num_nodes: int) -> int:
+        sizes = self._sizes[num_nodes]
+        return sizes[bisect.bisect_left(sizes, num_lanes)]
+
+    def _rows(self) -> WaitingRows:
+        if self._waiting is None:
+            self._waiting = WaitingRows.create(self._parts, self._num_rows, self._grammars.num_words)
+        return self._waiting
+
+    def _input(self, kind: str, size: int) -> Tensor:
+        if (kind, size) not in self._inputs:
+            self._inputs[kind, size] = torch.zeros(2, size, dtype=torch.int64, device=self._parts.lanes.device)
+        return self._inputs[kind, size]
+
+    def _load(self, kind: str, values: list[list[int]]) -> None:
+        where = kind, len(values[0])
+        if self._loaded.get(where) != values:
+            self._loaded[where] = values
+            self._inputs[where].copy_(self._parts.lanes.upload(np.array(values, dtype=np.int64)))
+
+    def _capture(self, step: SharedPass | MaskedDraw, kind: str, size: int) -> None:
+        """On null lanes, which nothing happens to."""
+        if self.capture_on is None:
+            return
+        null = self._parts.lanes.null_lane
+        self._load(kind, [[null] * size, [null if kind == "pass" else 0] * size])
+        try:
+            step.capture(*self.capture_on)
+        except RuntimeError as error:
+            logger.warning("A step under grammars cannot be captured and runs kernel by kernel, which is slower: %s", error)
+
+
+def _capture_parts(parts: Sequence[Callable[[], None]], warm_up: torch.cuda.Stream, pool: Any) -> list[Callable[[], None]]:
+    replays = []
+    for part in parts:
+        replays.append(capture(part, warm_up, pool))
+        # A capture computes nothing, and the next part reads what this one leaves.
+        replays[-1]()
+    return replays

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ _MAX_ROWS = 32
 # Of a logit on the way to the best ones: itself, its bits, and keys in the making.
 _LOGIT_BYTES = 40
 _MAX_ID = 2**31 - 1
+
+# Logits, float32 [R, V], and C to ids of the C largest of each row, int64 [R, C]: best first, the lowest id first among equals.
+TopK: TypeAlias = Callable[[Tensor, int], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,27 +37,31 @@ def workspace_bytes(vocab_size: int) -> int:
     return _MAX_ROWS * vocab_size * _LOGIT_BYTES
 
 
-def token_logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int) -> LogprobRows:
+def top_ids(logits_RV: Tensor, num_top: int) -> Tensor:
+    """`TopK` in torch."""
+    # As integers that order like (logit, -id): which of equal logits a plain top-k returns is not defined.
+    # Adding 0 makes -0.0 the 0.0 that it equals.
+    bits_RV = (logits_RV + 0.0).view(torch.int32)
+    ordered_RV = bits_RV ^ ((bits_RV >> 31) & _MAX_ID)
+    id_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
+    return _MAX_ID - (((ordered_RV.long() << 32) | (_MAX_ID - id_V)).topk(num_top, dim=-1).values & 0xFFFFFFFF)
+
+
+def token_logprobs(logits_RV: Tensor, token_R: Tensor, num_top: int, *, top_k: TopK = top_ids) -> LogprobRows:
     """logits_RV: float32. token_R: int64. num_top: C, cut to V."""
     log_norm_R1 = logits_RV.logsumexp(dim=-1, keepdim=True)
     logprob_R = (logits_RV.gather(1, token_R.unsqueeze(1)) - log_norm_R1).squeeze(1)
     num_top = min(num_top, logits_RV.shape[1])
-    if num_top == 0:
-        top_ids_RC = token_R.new_empty(token_R.shape[0], 0)
-    else:
-        # As integers that order like (logit, -id): which of equal logits a plain top-k returns is not defined.
-        # Adding 0 makes -0.0 the 0.0 that it equals.
-        bits_RV = (logits_RV + 0.0).view(torch.int32)
-        ordered_RV = bits_RV ^ ((bits_RV >> 31) & _MAX_ID)
-        id_V = torch.arange(logits_RV.shape[1], device=logits_RV.device)
-        top_ids_RC = _MAX_ID - (((ordered_RV.long() << 32) | (_MAX_ID - id_V)).topk(num_top, dim=-1).values & 0xFFFFFFFF)
+    top_ids_RC = top_k(logits_RV, num_top) if num_top > 0 else token_R.new_empty(token_R.shape[0], 0)
     return LogprobRows(logprob_R, top_ids_RC, logits_RV.gather(1, top_ids_RC) - log_norm_R1)
 
 
-def logprobs_of_hidden(hidden_RE: Tensor, token_R: Tensor, num_top: int, *, project: Callable[[Tensor], Tensor]) -> LogprobRows:
+def logprobs_of_hidden(
+    hidden_RE: Tensor, token_R: Tensor, num_top: int, *, project: Callable[[Tensor], Tensor], top_k: TopK = top_ids
+) -> LogprobRows:
     """As `token_logprobs`, from hidden states, a few rows at a time. project: hidden states to logits, float32."""
     parts = [
-        token_logprobs(project(rows_rE), token_r, num_top)
+        token_logprobs(project(rows_rE), token_r, num_top, top_k=top_k)
         for rows_rE, token_r in zip(torch.split(hidden_RE, _MAX_ROWS), torch.split(token_R, _MAX_ROWS), strict=True)
     ]
     return LogprobRows(

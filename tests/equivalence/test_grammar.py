@@ -12,6 +12,8 @@ from medusa_core.grammar.compiler import GrammarCompiler, vocabulary
 from medusa_core.model.loader import LoadedModel
 from medusa_core.outputs import FinishReason
 from medusa_core.params import Grammar, SamplingParams
+from medusa_core.plan import DecodeGroup
+from medusa_core.runtime.masked_step import BegunStep, MaskedSteps
 from tests.equivalence.driver import Output, make_engine, run
 from tests.equivalence.models import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE, oracle_heads, tiny_model
 from tests.grammars import save_tiny_tokenizer, tiny_tokenizer
@@ -150,17 +152,26 @@ def test_the_same_tokens_with_speculation(variant, plain, model):
         assert core.stats().num_preemptions_total > 0
 
 
-def test_kernels_give_the_same_tokens(plain, model):
-    """Where there is a GPU, captured when they are first needed: masks arrive in the middle of a step."""
-    names = ["regex, greedy", "schema, sampled", "free, sampled", "speculation off for one"]
+def test_kernels_give_the_same_tokens(plain, model, monkeypatch):
+    """Where there is a GPU, captured when they are first needed: masks arrive in the middle of a step, whose forward pass lanes
+    without a grammar share."""
+    names = ["free, greedy", "regex, greedy", "schema, sampled", "free, sampled", "speculation off for one"]
     numbers = [NAMES.index(name) for name in names]
     requests = [(prompts()[number], dataclasses.replace(PARAMETERS[NAMES[number]], max_tokens=6)) for number in numbers]
     heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in numbers])
-    core = make_engine(model, heads, mode="captured", max_num_seqs=2, max_step_rows=16, tree_size=8, max_step_tokens=64)
+    core = make_engine(model, heads, mode="captured", max_num_seqs=3, max_step_rows=24, tree_size=8, max_step_tokens=64)
+    begin, num_beside = MaskedSteps.begin, []
+
+    def count(steps: MaskedSteps, group: DecodeGroup, beside: DecodeGroup | None) -> BegunStep:
+        num_beside.append(0 if beside is None else len(beside.lanes))
+        return begin(steps, group, beside)
+
+    monkeypatch.setattr(MaskedSteps, "begin", count)
     outputs = run(core, requests, arrive_every=1)
     for place, number in enumerate(numbers):
         assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:6], NAMES[number]
-    assert [outputs[place, 0].num_accepted > 0 for place in range(len(names))] == [True, True, True, False]
+    assert [outputs[place, 0].num_accepted > 0 for place in range(len(names))] == [True, True, True, True, False]
+    assert {0, 1} <= set(num_beside)
 
 
 @pytest.mark.parametrize("mode", ["eager", "captured"])
