@@ -36,8 +36,8 @@ serve: install
 test: install
 	$(BIN)/python -m pytest -m "not long and not cuda"
 
-test-all: install clients
-	$(BIN)/python -m pytest
+test-all: test clients
+	$(BIN)/python -m pytest -m "long or cuda"
 
 clients: $(CLIENTS)/python/.installed $(CLIENTS)/lm-eval/.installed $(CLIENTS)/node/.installed
 
