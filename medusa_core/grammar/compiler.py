@@ -42,6 +42,11 @@ _LIMITS = LLParserLimits(
     verbose_errors=False,
 )
 
+# Tokens that may stand in a string are allowed together, by length; where fewer characters may follow, each token is looked at.
+# Beside the library's own lengths of 10, 30 and any, these halve what a mask takes in strings of limited length.
+_STRING_SLICES = [r'[^"\\\x00-\x1F\x7F]' + lengths for lengths in ("{1,3}", "{1,6}", "{1,10}", "{1,16}", "{1,30}", "+")]
+_SLICES = [r"[\x20\x0A\x0D\x09]+", *_STRING_SLICES]
+
 # Where only one text can come next, llguidance would take the tokens that the tokenizer makes of it: special ones, if it is spelt
 # like them.
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
@@ -62,7 +67,8 @@ def vocabulary(hf_tokenizer: Any, num_tokens: int, eos_token_ids: Sequence[int])
         raise ValueError("it is not backed by the tokenizers library")
     if not eos_token_ids:
         raise ValueError("the model has no EOS token, so that no output could end")
-    return LLTokenizer(backend.to_str(), n_vocab=max(num_tokens, len(hf_tokenizer)), eos_token=list(eos_token_ids))
+    num_tokens = max(num_tokens, len(hf_tokenizer))
+    return LLTokenizer(backend.to_str(), n_vocab=num_tokens, eos_token=list(eos_token_ids), slices=_SLICES)
 
 
 class GrammarCompiler:

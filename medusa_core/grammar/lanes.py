@@ -3,7 +3,8 @@
 A node's mask says which tokens may be drawn there: those the grammar allows behind the path to the node. Drawing from masked logits
 is then what it would be without the tree. Nodes that the grammar does not allow need no mask, since nobody draws them.
 
-A mask takes 5 to 20 microseconds, so lanes are done one after the other: handing them to threads takes longer.
+A mask takes from 10 microseconds to 250 and more, inside a string of limited length, so lanes are done by threads side by side:
+llguidance lets go of the interpreter lock meanwhile.
 
 Shapes: B lanes of one step · N tree nodes (root included) · W words of 32 tokens, int32: token t is bit t % 32 of word t // 32.
 """
@@ -11,9 +12,12 @@ Shapes: B lanes of one step · N tree nodes (root included) · W words of 32 tok
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 
 import numpy as np
 from llguidance import LLMatcher
@@ -25,6 +29,7 @@ from medusa_core.plan import LaneJoin, LaneResult, StepPlan
 
 logger = logging.getLogger(__name__)
 
+_MAX_THREADS = 16
 # Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
 # which costs speed but changes no token.
 _DRAFT_BUDGET_S = 0.002
@@ -64,7 +69,10 @@ class GrammarLanes:
     def __init__(self, compiler: GrammarCompiler, *, num_tokens: int, eos_token_ids: Sequence[int]) -> None:
         self._compiler = compiler
         self._eos_token_ids = tuple(eos_token_ids)
+        self._compiling = Lock()
         self._lanes: dict[int, _Lane] = {}
+        # it starts threads when there is something for them
+        self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS), thread_name_prefix="masks")
         self.num_words = -(-num_tokens // 32)
 
     def __contains__(self, lane: int) -> bool:
@@ -88,18 +96,25 @@ class GrammarLanes:
         Args:
             tokens_BN: token of each node; the root's does not matter, as it has been emitted.
             parents: of each node, before it in order; the root's is -1.
-            budget_s: most time to spend on nodes below the roots.
+            budget_s: most time to spend before nodes below the roots are left out.
         """
         masks_BNW = np.zeros((*tokens_BN.shape, self.num_words), dtype=np.int32)
         is_left_out_BN = np.zeros(tokens_BN.shape, dtype=bool)
-        for number, lane in enumerate(lanes):
-            self._fill_root(self._lanes[lane], masks_BNW[number, 0])
-        if len(parents) > 1:
-            deadline_s = time.perf_counter() + budget_s
-            children = _children(parents)
-            for number, lane in enumerate(lanes):
+        children = _children(parents)
+        deadline_s = time.perf_counter() + budget_s
+
+        def fill_lane(number: int) -> None:
+            lane = self._lanes[lanes[number]]
+            self._fill_root(lane, masks_BNW[number, 0])
+            if len(parents) > 1:
                 tree = _TreeMasks(tokens_BN[number].tolist(), children, masks_BNW[number], is_left_out_BN[number], deadline_s)
-                self._fill_tree(self._lanes[lane], tree)
+                self._fill_tree(lane, tree)
+
+        if len(lanes) == 1:
+            fill_lane(0)
+        else:
+            # a list, so that what a thread raises is raised here
+            list(self._threads.map(fill_lane, range(len(lanes))))
         return masks_BNW, is_left_out_BN
 
     def take(self, result: LaneResult) -> LaneResult:
@@ -138,7 +153,9 @@ class GrammarLanes:
         if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
             # Perhaps others have used up what the lexer may grow to, or tokens long past have.
             lane.num_renewals += 1
-            lane.matcher, lane.probe = self._compiler.compile(lane.grammar, is_fresh=True), None
+            with self._compiling:
+                lane.matcher = self._compiler.compile(lane.grammar, is_fresh=True)
+            lane.probe = None
             lane.matcher.consume_tokens(lane.emitted)
             failure = _fill(lane.matcher, mask_W)
         lane.failure = failure
