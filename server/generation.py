@@ -17,7 +17,7 @@ from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from medusa_core.text.tool_calls import CallEvent
 from server.convert import Job
-from server.metrics import EngineMetrics
+from server.metrics import GenerationMetrics
 from server.prediction import PredictionCount
 from server.protocol.common import CompletionTokensDetails, PromptTokensDetails, RequestMetrics, Usage
 from server.record import RequestRecord
@@ -80,7 +80,7 @@ class Generation:
         client: EngineClient,
         job: Job,
         new_output: Callable[[list[int]], OutputText],
-        metrics: EngineMetrics,
+        metrics: GenerationMetrics,
         *,
         max_depth: int,
         has_token_ids: bool = False,

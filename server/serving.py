@@ -17,7 +17,7 @@ from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor
 from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
-from server.metrics import EngineMetrics, HttpMetrics
+from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics
 from server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,8 @@ class ServedModel:
 
     info: EngineInfo
     text: TextProcessor
-    metrics: EngineMetrics
+    metrics: GenerationMetrics
+    engine_metrics: EngineMetrics
     names: tuple[str, ...]
     created: int
     tool_format: ToolFormat | None = None
@@ -53,7 +54,9 @@ class Serving:
     client: EngineClient
     load_text: TextLoader
     settings: ServerSettings
+    # what this front end counts itself, and what the engine tells all of them
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
+    engine_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     model: ServedModel | None = None
     # until the first load has ended, well or not
     is_loading: bool = True
@@ -74,9 +77,10 @@ class Serving:
         finally:
             self.is_loading = False
         names = tuple(self.settings.served_model_name) or (info.model_name,)
-        metrics = EngineMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
+        metrics = GenerationMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
+        engine_metrics = EngineMetrics(self.engine_registry, model_name=names[0])
         tool_format = find_tool_format(self.settings.tool_call_parser, text.chat_template_text)
-        self.model = ServedModel(info, text, metrics, names, created=int(time.time()), tool_format=tool_format)
+        self.model = ServedModel(info, text, metrics, engine_metrics, names, created=int(time.time()), tool_format=tool_format)
         logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)
 
     async def close(self) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from fastapi import APIRouter, Request
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from medusa_core.outputs import EngineStats
+from server.metrics import render
 from server.serving import Serving
 
 router = APIRouter(tags=["operation"])
@@ -18,5 +19,6 @@ async def metrics(request: Request) -> Response:
     serving: Serving = request.app.state.serving
     if serving.model is not None:
         # A dead engine runs nothing, whatever its last snapshot said; its totals start again at 0.
-        serving.model.metrics.update(serving.client.stats if serving.client.is_ready else EngineStats())
-    return Response(generate_latest(serving.registry), media_type=CONTENT_TYPE_LATEST)
+        serving.model.engine_metrics.update(serving.client.stats if serving.client.is_ready else EngineStats())
+    page = render(serving.registry.collect(), serving.engine_registry.collect())
+    return Response(page, media_type=CONTENT_TYPE_LATEST)

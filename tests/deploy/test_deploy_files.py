@@ -11,7 +11,7 @@ import pytest
 import yaml
 from prometheus_client import CollectorRegistry
 
-from server.metrics import EngineMetrics, HttpMetrics
+from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics
 from server.settings import ServerSettings
 
 ROOT = Path(__file__).parents[2]
@@ -34,7 +34,8 @@ def exposed() -> dict[str, set[str]]:
     registry = CollectorRegistry()
     http = HttpMetrics(registry)
     http.observe(method="GET", route="/health", status=200, duration_s=0.1)
-    EngineMetrics(registry, model_name="m", max_depth=4)
+    GenerationMetrics(registry, model_name="m", max_depth=4)
+    EngineMetrics(registry, model_name="m")
     return {
         family.name + suffix: {label for sample in family.samples for label in sample.labels}
         for family in registry.collect()
