@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import math
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
 
@@ -27,8 +29,11 @@ _MAX_MULTIPLE = 10_000
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
 # Rules in llama.cpp's notation: it takes the square of their number to translate them.
 _MAX_GBNF_RULES = 500
-# Compiled grammars kept for later requests, the recently used ones.
+# Compiled grammars kept for later requests, the recently used ones, each with so many matchers.
 _MAX_COMPILED = 16
+_MAX_IDLE = 16
+# What a lane may wait for a matcher of its own.
+_MAX_COMPILE_S = 0.005
 # Between tokens of JSON: as models write it, on one line or indented, but never so much that a model which does not know how to go
 # on could write space for ever.
 _JSON_SPACE = r"[ \n\r\t]{0,40}"
@@ -71,6 +76,15 @@ def vocabulary(hf_tokenizer: Any, num_tokens: int, eos_token_ids: Sequence[int])
     return LLTokenizer(backend.to_str(), n_vocab=num_tokens, eos_token=list(eos_token_ids), slices=_SLICES)
 
 
+@dataclass(slots=True)
+class _Compiled:
+    """idle: matchers that were lent and have come back. compile_s: seconds that making one takes."""
+
+    first: LLMatcher
+    compile_s: float
+    idle: list[LLMatcher] = field(default_factory=list)
+
+
 class GrammarCompiler:
     """Makes matchers for one vocabulary. Not thread-safe.
 
@@ -80,23 +94,46 @@ class GrammarCompiler:
     def __init__(self, load_vocabulary: Callable[[], LLTokenizer]) -> None:
         self._load_vocabulary = load_vocabulary
         self._vocabulary: LLTokenizer | ValueError | None = None
-        self._compiled: OrderedDict[tuple[str, str], LLMatcher] = OrderedDict()
+        self._compiled: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
 
-    def compile(self, grammar: Grammar, *, is_fresh: bool = False) -> LLMatcher:
+    def compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher before the first token.
 
-        Matchers of one grammar share what they learn about its lexer, which has a limit. is_fresh: one that owes nothing to others.
+        Those of one grammar are copies of each other and share what they learn about its lexer: they have to take turns, and what a
+        lexer may learn has a limit.
 
         Raises InvalidParameterError for a grammar that is wrong or beyond the limits, UnsupportedParameterError where the model's
         tokenizer cannot be used.
         """
+        return self._entry(grammar).first.deep_copy()
+
+    def lend(self, grammar: Grammar, *, is_fresh: bool = False) -> LLMatcher:
+        """A matcher before the first token that waits for no other, unless making one is expensive.
+
+        is_fresh: one that has learnt nothing yet. Raises what `compile` raises.
+        """
+        if is_fresh:
+            self._compiled.pop((grammar.kind, grammar.text), None)
+        entry = self._entry(grammar)
+        if entry.idle:
+            return entry.idle.pop()
+        return self._compile(grammar) if entry.compile_s < _MAX_COMPILE_S else entry.first.deep_copy()
+
+    def take_back(self, grammar: Grammar, matcher: LLMatcher) -> None:
+        """Keep a matcher that was lent for the next lane with this grammar: it knows the lexer already."""
+        entry = self._compiled.get((grammar.kind, grammar.text))
+        if entry is not None and len(entry.idle) < _MAX_IDLE and not matcher.is_error() and matcher.reset():
+            entry.idle.append(matcher)
+
+    def _entry(self, grammar: Grammar) -> _Compiled:
         key = (grammar.kind, grammar.text)
-        if is_fresh or key not in self._compiled:
-            self._compiled[key] = self._compile(grammar)
+        if key not in self._compiled:
+            began_s = time.perf_counter()
+            self._compiled[key] = _Compiled(self._compile(grammar), time.perf_counter() - began_s)
             if len(self._compiled) > _MAX_COMPILED:
                 self._compiled.popitem(last=False)
         self._compiled.move_to_end(key)
-        return self._compiled[key].deep_copy()
+        return self._compiled[key]
 
     def _compile(self, grammar: Grammar) -> LLMatcher:
         source, tokens = _source(grammar), self._tokens(grammar)

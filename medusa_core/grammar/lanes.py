@@ -33,8 +33,8 @@ _MAX_THREADS = 16
 # Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
 # which costs speed but changes no token.
 _DRAFT_BUDGET_S = 0.002
-# A first failure may be due to others who used the same lexer. Whoever fails again decodes without drafts from then on: each time
-# costs up to 50 ms.
+# A first failure may be due to others who have used the same lexer. Whoever fails again decodes without drafts from then on: each
+# time costs up to 50 ms.
 _MAX_PROBE_FAILURES = 2
 # As with these: a matcher that does not last is not made anew for every token.
 _MIN_TOKENS_PER_RENEWAL = 64
@@ -80,8 +80,10 @@ class GrammarLanes:
 
     def apply(self, plan: StepPlan) -> None:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
-        for lane in plan.leaves:
-            self._lanes.pop(lane, None)
+        for number in plan.leaves:
+            lane = self._lanes.pop(number, None)
+            if lane is not None:
+                self._compiler.take_back(lane.grammar, lane.matcher)
         for join in plan.joins:
             if join.params.grammar is not None:
                 self._lanes[join.lane] = self._join(join)
@@ -143,7 +145,7 @@ class GrammarLanes:
             emitted=join.token_ids[join.num_prompt_tokens :],
             min_tokens=params.min_tokens,
             end_ids=[*self._eos_token_ids, *params.stop_token_ids],
-            matcher=self._compiler.compile(params.grammar),
+            matcher=self._compiler.lend(params.grammar),
         )
         lane.matcher.consume_tokens(lane.emitted)
         return lane
@@ -151,10 +153,10 @@ class GrammarLanes:
     def _fill_root(self, lane: _Lane, mask_W: np.ndarray) -> None:
         failure = lane.failure or _fill(lane.matcher, mask_W)
         if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
-            # Perhaps others have used up what the lexer may grow to, or tokens long past have.
+            # Perhaps tokens long past, or others before or beside this one, have used up what the lexer may grow to.
             lane.num_renewals += 1
             with self._compiling:
-                lane.matcher = self._compiler.compile(lane.grammar, is_fresh=True)
+                lane.matcher = self._compiler.lend(lane.grammar, is_fresh=True)
             lane.probe = None
             lane.matcher.consume_tokens(lane.emitted)
             failure = _fill(lane.matcher, mask_W)
