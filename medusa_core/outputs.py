@@ -6,6 +6,12 @@ import enum
 
 import msgspec
 
+# Upper ends of the buckets that EngineStats counts steps in, in seconds; a step on a GPU takes less than a millisecond.
+STEP_LATENCY_BOUNDS_S = (
+    *(0.0005, 0.00075, 0.001, 0.0015, 0.002, 0.003, 0.004, 0.006, 0.008, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.5),
+)
+
 
 class FinishReason(enum.Enum):
     """Why a choice ended: a stop token or EOS, a length limit, the caller's abort, or a grammar that takes too much to follow."""
@@ -55,7 +61,8 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     tokenizer_path: folder that holds the tokenizer and chat template, for the caller's side.
     model_name: the model's own name (hub id or folder name).
     max_depth: longest path of the tree (0 where nothing drafts). tree_size: the configured size or "auto". tree_sizes: those that a
-        step may have, 1 (plain) included.
+        step may have, 1 (plain) included. head_ranks: (head, rank) of every node that heads fill, each pair once; heads count from
+        1, ranks from 0.
     """
 
     model_name: str
@@ -73,12 +80,21 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     tree: str = "none"
     tree_size: str = "1"
     tree_sizes: tuple[int, ...] = (1,)
+    head_ranks: tuple[tuple[int, int], ...] = ()
 
 
 class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
-    """A snapshot. Gauges describe now; `num_*_total` only grow while the process lives.
+    """A snapshot, sent with every step's tokens. Gauges describe now; what ends in `_total` only grows while the process lives.
 
     tree_size: nodes per lane in the latest decode step (1 = plain).
+    step_seconds_total: of all steps, each from its launch, or from the result before it where that was later, to its own result.
+    num_starts: how often the engine's process has been started, this time included.
+    num_steps_by_latency_total: by STEP_LATENCY_BOUNDS_S, and those beyond.
+    num_steps_by_size_total: steps with decode rows by nodes of the largest tree in them, as EngineInfo.tree_sizes.
+    num_head_hits_total: accepted draft tokens by who offered them, as EngineInfo.head_ranks; num_lookup_hits_total: those that no
+        head did, but prompt lookup. Before trimming at stop strings.
+    decode_cost_seconds_total, draft_cost_seconds_total, plain_cost_seconds_total: what the decode steps took by costs measured at
+        start, what of that was drafting, and what the same tokens would have taken without drafts; 0 where nothing was measured.
     """
 
     num_running: int = 0
@@ -91,6 +107,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc
     num_prefix_query_tokens_total: int = 0
     num_prefix_hit_tokens_total: int = 0
     step_seconds_total: float = 0.0
+    num_starts: int = 1
+    num_steps_by_latency_total: tuple[int, ...] = ()
+    num_steps_by_size_total: tuple[int, ...] = ()
+    num_head_hits_total: tuple[int, ...] = ()
+    num_lookup_hits_total: int = 0
+    decode_cost_seconds_total: float = 0.0
+    draft_cost_seconds_total: float = 0.0
+    plain_cost_seconds_total: float = 0.0
 
     @property
     def kv_cache_usage(self) -> float:

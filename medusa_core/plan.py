@@ -94,6 +94,8 @@ class LaneResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     num_draft_nodes: tree nodes offered, root excluded (0: a plain step, or the first token after a prefill).
     draft_depth: longest path offered, in nodes, root excluded.
     num_accepted: accepted draft tokens among token_ids (so len(token_ids) is num_accepted + 1 unless cut).
+    credit: the nodes credited with them, bit n for node n, of which bit 63 is the sign. Where heads and prompt lookup have offered
+        the same token, a head is; of several nodes, the first.
     logprobs: of each of token_ids, for a lane that asks for them.
     """
 
@@ -104,6 +106,7 @@ class LaneResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     draft_depth: int = 0
     num_accepted: int = 0
     finish_reason: FinishReason | None = None
+    credit: int = 0
     logprobs: list[TokenLogprob] = []
 
 

@@ -145,7 +145,14 @@ def assemble_engine(
     cache = CacheManager(
         num_blocks=num_blocks, block_size=config.cache.block_size, enable_prefix_cache=config.cache.enable_prefix_cache
     )
-    scheduler = Scheduler(scheduler_config, cache, controller, max_depth=topology.max_depth, max_model_len=loaded.max_model_len)
+    scheduler = Scheduler(
+        scheduler_config,
+        cache,
+        controller,
+        max_depth=topology.max_depth,
+        max_model_len=loaded.max_model_len,
+        topology=topology,
+    )
     info = _describe(config, loaded, topology, tree.name, num_heads=num_heads, num_blocks=num_blocks, node_sizes=node_sizes)
     in_flight = scheduler_config.max_steps_in_flight
     if in_flight is None:
@@ -234,4 +241,5 @@ def _describe(
         tree=tree_name,
         tree_size=str(config.speculation.tree_size) if topology.num_nodes > 1 else "1",
         tree_sizes=node_sizes,
+        head_ranks=topology.head_ranks,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections import deque
 from typing import Literal, Protocol
 
@@ -10,7 +11,7 @@ import msgspec
 
 from medusa_core.errors import EngineError, InvalidParameterError, PromptError
 from medusa_core.grammar.compiler import GrammarCompiler
-from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
+from medusa_core.outputs import STEP_LATENCY_BOUNDS_S, EngineInfo, EngineStats, TokenDelta
 from medusa_core.plan import PendingStep, Runner, StepPlan, StepResult
 from medusa_core.request import EngineRequest
 
@@ -46,6 +47,8 @@ class EngineCore:
 
     max_steps_in_flight: steps launched before the oldest one's result is read; 0 waits for each step. grammars: what the runner
     compiles grammars with, so that one it could not use never gets there.
+
+    num_starts: as EngineStats; for its owner to set.
     """
 
     def __init__(
@@ -56,8 +59,13 @@ class EngineCore:
         self._scheduler = scheduler
         self._runner = runner
         self._max_steps_in_flight = max_steps_in_flight
-        self._pending: deque[PendingStep] = deque()
+        # and whether they have rows, as lane changes alone are no step to those who count
+        self._pending: deque[tuple[PendingStep, bool]] = deque()
+        self.num_starts = 1
         self._step_seconds = 0.0
+        self._num_steps_by_latency = [0] * (len(STEP_LATENCY_BOUNDS_S) + 1)
+        # when the oldest step in flight was launched, or the result before it came
+        self._since_s = 0.0
 
     @property
     def runner(self) -> Runner:
@@ -89,20 +97,24 @@ class EngineCore:
 
     def step(self) -> list[TokenDelta]:
         """Launch the next step and return what the oldest finished one emitted, which is nothing while the pipeline fills."""
-        started_s = time.perf_counter()
+        if not self._pending:
+            self._since_s = time.perf_counter()
         plan = self._scheduler.schedule()
         self._launch(plan)
-        deltas = self._collect(is_starved=not plan.has_rows)
-        self._step_seconds += time.perf_counter() - started_s
-        return deltas
+        return self._collect(is_starved=not plan.has_rows)
 
     def stats(self) -> EngineStats:
-        """The scheduler's snapshot, with the seconds spent in `step` so far."""
-        return msgspec.structs.replace(self._scheduler.stats(), step_seconds_total=self._step_seconds)
+        """The scheduler's snapshot, with what is known here."""
+        return msgspec.structs.replace(
+            self._scheduler.stats(),
+            step_seconds_total=self._step_seconds,
+            num_starts=self.num_starts,
+            num_steps_by_latency_total=tuple(self._num_steps_by_latency),
+        )
 
     def _launch(self, plan: StepPlan) -> None:
         if not plan.is_empty:
-            self._pending.append(self._runner.submit(plan))
+            self._pending.append((self._runner.submit(plan), plan.has_rows))
         elif not self._pending and self._scheduler.has_work:
             # Nothing runs and nothing will change by itself: better a loud end than a loop that spins for ever.
             raise EngineError("The scheduler has requests but plans no step for them.")
@@ -110,8 +122,18 @@ class EngineCore:
     def _collect(self, *, is_starved: bool) -> list[TokenDelta]:
         """Update from the oldest step if too many are in flight, or if no rows were left to launch behind it."""
         if self._pending and (is_starved or len(self._pending) > self._max_steps_in_flight):
-            return self._scheduler.update(self._pending.popleft().result())
+            pending, has_rows = self._pending.popleft()
+            result = pending.result()
+            if has_rows:
+                self._time_step()
+            return self._scheduler.update(result)
         return []
+
+    def _time_step(self) -> None:
+        now_s = time.perf_counter()
+        seconds, self._since_s = now_s - self._since_s, now_s
+        self._step_seconds += seconds
+        self._num_steps_by_latency[bisect_left(STEP_LATENCY_BOUNDS_S, seconds)] += 1
 
 
 def _check_token_ids(request: EngineRequest, vocab_size: int, max_model_len: int) -> None:

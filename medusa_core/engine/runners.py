@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 _LARGE_ROW_COUNTS = (128, 256, 512, 1024)
+# Drafting is timed at every third number of lanes that there are graphs for.
+_DRAFT_STRIDE = 3
 
 
 def is_captured(config: EngineConfig, device: torch.device) -> bool:
@@ -170,13 +172,18 @@ def _captured_runner(parts: RunnerParts, *, progress: bool) -> GraphRunner:
 
 def captured_costs(runner: GraphRunner) -> StepCosts:
     """Measured on the graphs themselves."""
-    decode, prefill = runner.measure_decode(), runner.measure_prefill()
+    decode, prefill, draft = runner.measure_decode(), runner.measure_prefill(), {}
     for num_nodes in sorted({nodes for _, nodes in decode}):
         _log_milliseconds(
             f"{num_nodes}-node step", "lanes", {lanes: seconds for (lanes, nodes), seconds in decode.items() if nodes == num_nodes}
         )
+        if num_nodes > 1:
+            # Of interest to people alone, and a capture for each: what lies between is interpolated.
+            lane_counts = sorted(lanes for lanes, nodes in decode if nodes == num_nodes)
+            for lanes in {*lane_counts[::_DRAFT_STRIDE], lane_counts[-1]}:
+                draft[lanes, num_nodes] = runner.draft_seconds(lanes, num_nodes)
     _log_milliseconds("prefill", "rows", prefill)
-    return CapturedCosts(decode, prefill)
+    return CapturedCosts(decode, prefill, draft)
 
 
 def eager_costs(parts: RunnerParts, runner: ModelRunner, *, progress: bool) -> StepCosts:

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from medusa_core.kernels.support import follow_on, launch_options
 
-# Columns of a result row behind its L tokens: how many were drawn (accepted + 1), how many kept, and the finish code.
-NUM_RESULT_COLUMNS = 3
+# Columns of a result row behind its L tokens: how many were drawn (accepted + 1), how many kept, the finish code, and the nodes
+# credited with what was kept, as bits.
+NUM_RESULT_COLUMNS = 4
 # as in speculation/verify.py
 _STOP, _LENGTH = tl.constexpr(1), tl.constexpr(2)
 _HIDDEN_BLOCK = 1024
@@ -104,6 +105,7 @@ def _walk_kernel(
     drawn_ptr,
     token_ptr,
     parent_ptr,
+    rank_ptr,
     num_known,
     max_total,
     is_finished,
@@ -153,7 +155,9 @@ def _walk_kernel(
     level_L = tl.arange(0, levels_padded)
     x_L = tl.full([levels_padded], -1, tl.int64)
     node_L = tl.zeros([levels_padded], tl.int64)
+    credit_L = tl.zeros([levels_padded], tl.int64)
     bit = tl.full([nodes_padded], 1, tl.int64) << node
+    of_heads = tl.sum(tl.where(tl.load(rank_ptr + node, mask=is_node, other=-1) >= 0, bit, 0))
     visited = known * 0 + 1
     current = known * 0
     length = known * 0
@@ -164,6 +168,9 @@ def _walk_kernel(
         length += 1
         is_visited = (((visited >> tl.maximum(parent, 0)) & 1) > 0) & (parent >= 0) & (token == x)
         visited = tl.sum(tl.where(is_visited, bit, 0))
+        # The token is a head's if any of these nodes is, else the lookup's: the lowest bit of those. No bit where no node holds it.
+        credited = tl.where((visited & of_heads) != 0, visited & of_heads, visited)
+        credit_L = tl.where(level_L == length - 1, credited & (0 - credited), credit_L)
         current = tl.min(tl.where(is_visited, node, nodes_padded)).to(tl.int64)
 
     # the cut: as cut_walk
@@ -176,13 +183,14 @@ def _walk_kernel(
     kept = tl.where(finished > 0, 0, kept)
     code = tl.where(finished > 0, 0, code)
 
-    out = result + b * (num_levels + 3)
+    out = result + b * (num_levels + 4)
     is_level = level_L < num_levels
     is_kept_L = level_L < kept
     tl.store(out + level_L, x_L, mask=is_level)
     tl.store(out + num_levels, length)
     tl.store(out + num_levels + 1, kept)
     tl.store(out + num_levels + 2, code)
+    tl.store(out + num_levels + 3, tl.sum(tl.where(is_kept_L, credit_L, 0)))
     tl.store(tokens + lane * tokens_stride + known + level_L, x_L, mask=is_kept_L)
     # a path may hold a token more than once
     tl.atomic_add(count + lane * vocab_size + x_L, 1, mask=is_kept_L)
@@ -298,6 +306,7 @@ def walk_trees(
     hidden_TE: Tensor,
     *,
     parent_N: Tensor,
+    rank_N: Tensor,
     num_levels: int,
     num_known_P: Tensor,
     max_total_P: Tensor,
@@ -318,9 +327,9 @@ def walk_trees(
 
     Writes tokens_PL, num_known_P, is_finished_P, hidden_PE (the hidden state the last kept token was drawn from), path_hidden_PLE
     (those of all kept tokens, where has_logprobs_P, int64, is 1; as many levels as any walk has, or more) and count_PV (how often
-    each token was kept, int32) of the lanes in lane_B, and `result_BR` int64 [B, L + 3]: the tokens drawn along the path (-1
-    beyond its end), then how many were drawn, how many kept, and the finish code of speculation/verify.py. A lane that had finished
-    keeps nothing.
+    each token was kept, int32) of the lanes in lane_B, and `result_BR` int64 [B, L + 4]: the tokens drawn along the path (-1
+    beyond its end), then how many were drawn, how many kept, the finish code of speculation/verify.py, and its `credited_nodes`.
+    A lane that had finished keeps nothing.
 
     Returns:
         source_BL, target_BL int64: slots whose K/V must move, -1 where nothing moves.
@@ -333,6 +342,7 @@ def walk_trees(
         drawn_T,
         token_T,
         parent_N,
+        rank_N,
         num_known_P,
         max_total_P,
         is_finished_P,

@@ -131,7 +131,7 @@ class StepParts:
         return drawn_T
 
     def walk(
-        self, lane_B: Tensor, drawn_T: Tensor, token_T: Tensor, hidden_TE: Tensor, parent_N: Tensor, result_BR: Tensor
+        self, lane_B: Tensor, drawn_T: Tensor, token_T: Tensor, hidden_TE: Tensor, tree: DeviceTree, result_BR: Tensor
     ) -> tuple[Tensor, Tensor]:
         """See kernels.tree_step.walk_trees."""
         lanes = self.lanes
@@ -140,7 +140,8 @@ class StepParts:
             drawn_T,
             token_T,
             hidden_TE,
-            parent_N=parent_N,
+            parent_N=tree.parent_N,
+            rank_N=tree.rank_N,
             num_levels=result_BR.shape[1] - NUM_RESULT_COLUMNS,
             num_known_P=lanes.num_known_P,
             max_total_P=lanes.max_total_P,
@@ -173,7 +174,7 @@ class TreeRows(NamedTuple):
 class DecodeStep:
     """B lanes, N nodes each. Set the lanes, then call it.
 
-    lane_B: int64, the input. result_BR: int64 [B, L + 3], the output (see walk_trees). Both stay where they are.
+    lane_B: int64, the input. result_BR: int64 [B, L + 4], the output (see walk_trees). Both stay where they are.
     """
 
     def __init__(self, parts: StepParts, lane_B: Tensor, tree: DeviceTree, *, is_greedy: bool) -> None:
@@ -233,7 +234,7 @@ class DecodeStep:
         """Draw, walk, commit. lane_B: whose rows they are. bits_TW: see `StepParts.draw`."""
         parts, tree = self._parts, self.tree
         drawn_T = parts.draw(hidden_TE, rows.lane_T, rows.token_T, rows.index_T, tree, is_greedy=self._is_greedy, bits_TW=bits_TW)
-        source_BL, target_BL = parts.walk(lane_B, drawn_T, rows.token_T, hidden_TE, tree.parent_N, self.result_BR)
+        source_BL, target_BL = parts.walk(lane_B, drawn_T, rows.token_T, hidden_TE, tree, self.result_BR)
         if tree.num_nodes > 1:
             for key_YSGD, value_YSGD in parts.kv_store.layer_groups:
                 commit_path(key_YSGD, value_YSGD, source_BL, target_BL, use_pdl=parts.use_pdl)
@@ -274,7 +275,7 @@ class DecodeStep:
 class PrefillStep:
     """T rows of prompt chunks, up to C of them last chunks. `load` the chunks, then call it.
 
-    bits_CW: which tokens each last chunk may draw (see `StepParts.draw`), an input too. result_BR: int64 [C, 1 + 3], a row per last
+    bits_CW: which tokens each last chunk may draw (see `StepParts.draw`), an input too. result_BR: int64 [C, 1 + 4], a row per last
     chunk in the order of the chunks. tree: of a draw, a root alone.
     """
 
@@ -334,4 +335,4 @@ class PrefillStep:
         drawn_C = parts.draw(
             hidden_CE, draw_lane_C, draw_row_C, index_C, self.tree, is_greedy=self._is_greedy, bits_TW=self._bits_CW
         )
-        parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self.tree.parent_N, self.result_BR)
+        parts.walk(draw_lane_C, drawn_C, drawn_C, hidden_CE, self.tree, self.result_BR)

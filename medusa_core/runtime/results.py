@@ -23,9 +23,10 @@ def lane_result(
     num_drawn: int,
     num_kept: int,
     finish_code: int,
+    credit: int,
 ) -> LaneResult:
     """host: of the lane when the step was launched. token_ids: the tokens drawn along the path, padded; `num_kept` of them were
-    emitted. logprobs: of those, or empty."""
+    emitted. credit: see speculation.verify.credited_nodes. logprobs: of those emitted, or empty."""
     return LaneResult(
         lane=lane,
         uid=host.uid,
@@ -34,5 +35,6 @@ def lane_result(
         draft_depth=tree.max_depth,
         num_accepted=min(num_kept, num_drawn - 1),
         finish_reason=_FINISH_REASONS.get(finish_code),
+        credit=credit,
         logprobs=cut(logprobs, num_kept, host.params.num_logprobs),
     )

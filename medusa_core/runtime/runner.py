@@ -28,7 +28,7 @@ from medusa_core.sampling.token_mask import mask_tokens_
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import Drafter, draft_tree
 from medusa_core.speculation.lookup import lookup_tokens
-from medusa_core.speculation.verify import Walk, cut_walk, walk_tree
+from medusa_core.speculation.verify import Walk, credited_nodes, cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
 
 
@@ -77,6 +77,7 @@ class _GroupResult:
     length_B: Tensor
     num_kept_B: Tensor
     finish_code_B: Tensor
+    credit_B: Tensor
     logprobs: PathLogprobs | None
 
 
@@ -242,7 +243,8 @@ class ModelRunner:
         state.is_finished_P[index_B] |= (code_B > 0).to(torch.int64)
         hosts = [state.host[lane] for lane in lanes]
         logprobs = self._path_logprobs(lanes, walk, logits_BNV)
-        return _GroupResult(lanes, hosts, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B, logprobs)
+        credit_B = credited_nodes(walk, kept_B)
+        return _GroupResult(lanes, hosts, tree, walk.token_ids_BL, walk.length_B, kept_B, code_B, credit_B, logprobs)
 
     def _commit_path(self, segment: Segment, node_BL: Tensor, kept_B: Tensor) -> None:
         """Move the K/V of accepted nodes to the slots right behind the root. The last kept token is the new root: not cached."""
@@ -274,7 +276,7 @@ def _verified_rows(part: _Rows, hidden_TE: Tensor) -> Tensor:
 
 
 def _read_group(group: _GroupResult) -> list[LaneResult]:
-    columns = (group.token_ids_BL, group.length_B, group.num_kept_B, group.finish_code_B)
+    columns = (group.token_ids_BL, group.length_B, group.num_kept_B, group.finish_code_B, group.credit_B)
     rows = zip(group.lanes, group.hosts, *(column.tolist() for column in columns), strict=True)
     logprobs = group.logprobs.by_place() if group.logprobs is not None else {}
     return [lane_result(lane, host, group.tree, logprobs.get(place, ()), *row) for place, (lane, host, *row) in enumerate(rows)]

@@ -17,7 +17,7 @@ _MAX_REMEMBERED_COSTS = 4096
 class TreeSizeController(Protocol):
     """Chooses a tree size per step.
 
-    sizes: every size it may choose, increasing, from 1. chosen: the latest choice.
+    sizes: every size it may choose, increasing, from 1. chosen: the latest choice. costs: what it chooses by, None if not by costs.
     """
 
     @property
@@ -25,6 +25,9 @@ class TreeSizeController(Protocol):
 
     @property
     def chosen(self) -> int: ...
+
+    @property
+    def costs(self) -> StepCosts | None: ...
 
     def choose(self, num_lanes: int, *, num_plain_lanes: int = 0, num_prefill_rows: int = 0) -> int:
         """Nodes for each of `num_lanes` drafting lanes, in a step that also has lanes of one row and prefill rows."""
@@ -75,6 +78,7 @@ class FixedTreeSize(_SizeLimits):
 
     def __init__(self, num_nodes: int, *, max_step_rows: int) -> None:
         super().__init__(tree_sizes(num_nodes), max_step_rows=max_step_rows)
+        self.costs = None
 
     def choose(self, num_lanes: int, *, num_plain_lanes: int = 0, num_prefill_rows: int = 0) -> int:
         self.chosen = self._allowed(num_lanes, num_plain_lanes)[-1]
@@ -111,7 +115,7 @@ class MeasuredTreeSize(_SizeLimits):
     def __init__(self, expected_tokens: Mapping[int, float], costs: StepCosts, *, max_step_rows: int) -> None:
         super().__init__(tuple(sorted({1, *expected_tokens})), max_step_rows=max_step_rows)
         self._expected_drafts = {size: expected_tokens[size] - 1.0 if size > 1 else 0.0 for size in self.sizes}
-        self._costs = costs
+        self.costs: StepCosts = costs
         # Asked for every size in every step, about loads that seldom change from one step to the next.
         self._decode_seconds = lru_cache(_MAX_REMEMBERED_COSTS)(self._measured_decode_seconds)
         # Moving averages of accepted and of expected draft tokens; equal at first, and heavy enough to outweigh the first results.
@@ -151,7 +155,7 @@ class MeasuredTreeSize(_SizeLimits):
 
     def _measured_decode_seconds(self, size: int, num_lanes: int, num_plain_lanes: int, num_prefill_rows: int) -> float:
         """t(n): of a step that only decodes, plain, and what the tree adds to the step there is."""
-        seconds = partial(self._costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
+        seconds = partial(self.costs.seconds, num_lanes=num_lanes, num_plain_lanes=num_plain_lanes)
         added_s = seconds(size, num_prefill_rows=num_prefill_rows) - seconds(1, num_prefill_rows=num_prefill_rows)
         # Measured points may fall by chance; more rows are never cheaper.
         return max(seconds(1, num_prefill_rows=0) + max(added_s, 0.0), 1e-9)

@@ -6,7 +6,7 @@ import bisect
 import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol, TypeAlias
 
 from medusa_core.errors import ConfigError
 
@@ -49,11 +49,26 @@ class CostCurve:
         return left_s + slope * (num_rows - left_rows)
 
 
+# Nodes and number of lanes of each group of lanes that decode in a step.
+DecodeGroups: TypeAlias = tuple[tuple[int, int], ...]
+
+
+class DecodeSeconds(NamedTuple):
+    """What the decode part of a step takes, and the drafting in it."""
+
+    step: float
+    draft: float
+
+
 class StepCosts(Protocol):
-    """What the controller asks."""
+    """What the controller asks, and what steps are reckoned by afterwards."""
 
     def seconds(self, num_nodes: int, num_lanes: int, *, num_plain_lanes: int, num_prefill_rows: int) -> float:
         """Seconds of a step with `num_lanes` trees of `num_nodes` nodes, lanes of one row beside them, and prefill rows."""
+        ...
+
+    def decode_seconds(self, groups: DecodeGroups) -> DecodeSeconds:
+        """Of a step that does nothing else."""
         ...
 
 
@@ -72,18 +87,28 @@ class PackedCosts:
         seconds = self.forward.seconds(num_lanes * num_nodes + num_plain_lanes + num_prefill_rows)
         return seconds + self.draft.seconds(num_lanes) if num_nodes > 1 else seconds
 
+    def decode_seconds(self, groups: DecodeGroups) -> DecodeSeconds:
+        """See StepCosts. Drafting is all that a tree adds, the walk and the commit included."""
+        num_drafting = sum(num_lanes for num_nodes, num_lanes in groups if num_nodes > 1)
+        draft_s = self.draft.seconds(num_drafting) if num_drafting else 0.0
+        return DecodeSeconds(self.forward.seconds(sum(nodes * lanes for nodes, lanes in groups)) + draft_s, draft_s)
+
 
 class CapturedCosts:
     """Of captured steps: each group of lanes is a launch of its own, filled up to the next size there is; so are the prefill rows.
 
-    decode: seconds by (lanes, nodes). prefill: by rows. Raises ConfigError when either is empty.
+    decode: seconds by (lanes, nodes), and draft: the part of them that is drafting, measured at some. prefill: by rows. Raises
+    ConfigError when decode or prefill is empty.
     """
 
-    def __init__(self, decode: Mapping[tuple[int, int], float], prefill: Mapping[int, float]) -> None:
-        self._decode = {
-            num_nodes: CostCurve.from_points((lanes, seconds) for (lanes, nodes), seconds in decode.items() if nodes == num_nodes)
-            for num_nodes in {nodes for _, nodes in decode}
-        }
+    def __init__(
+        self,
+        decode: Mapping[tuple[int, int], float],
+        prefill: Mapping[int, float],
+        draft: Mapping[tuple[int, int], float] | None = None,
+    ) -> None:
+        self._decode = _curves(decode)
+        self._draft = _curves(draft or {})
         self._prefill = CostCurve.from_points(prefill.items())
 
     def seconds(self, num_nodes: int, num_lanes: int, *, num_plain_lanes: int, num_prefill_rows: int) -> float:
@@ -94,3 +119,18 @@ class CapturedCosts:
         if num_prefill_rows:
             seconds += self._prefill.step_seconds(num_prefill_rows)
         return seconds
+
+    def decode_seconds(self, groups: DecodeGroups) -> DecodeSeconds:
+        """See StepCosts. Drafting is what heads and lookup take, up to the tokens of the tree."""
+        return DecodeSeconds(
+            sum(self._decode[nodes].step_seconds(lanes) for nodes, lanes in groups),
+            sum(self._draft[nodes].seconds(lanes) for nodes, lanes in groups if nodes in self._draft),
+        )
+
+
+def _curves(seconds_at: Mapping[tuple[int, int], float]) -> dict[int, CostCurve]:
+    """By nodes, of seconds by (lanes, nodes)."""
+    return {
+        num_nodes: CostCurve.from_points((lanes, seconds) for (lanes, nodes), seconds in seconds_at.items() if nodes == num_nodes)
+        for num_nodes in {nodes for _, nodes in seconds_at}
+    }

@@ -6,19 +6,21 @@ from dataclasses import dataclass, field
 
 from medusa_core.plan import PrefillChunk
 from medusa_core.request import Request
+from medusa_core.scheduler.costs import DecodeGroups
 
 
 @dataclass(slots=True)
 class InFlightStep:
     """What a launched step will report.
 
-    requests: by uid, every request with rows in the step. chunks: its prefill, by request.
+    requests: by uid, every request with rows in the step. chunks: its prefill, by request. groups: its decode part.
     max_drawn: by uid, the most tokens its result can hold; requests in the middle of their prefill are not here.
     """
 
     requests: dict[int, Request] = field(default_factory=dict)
     chunks: list[tuple[Request, PrefillChunk]] = field(default_factory=list)
     max_drawn: dict[int, int] = field(default_factory=dict)
+    groups: DecodeGroups = ()
 
     def add_chunk(self, request: Request, chunk: PrefillChunk) -> None:
         self.chunks.append((request, chunk))

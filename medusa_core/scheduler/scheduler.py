@@ -26,12 +26,17 @@ from medusa_core.scheduler.controller import TreeSizeController
 from medusa_core.scheduler.in_flight import InFlightStep, InFlightSteps
 from medusa_core.scheduler.lanes import LaneTable, lane_of
 from medusa_core.scheduler.queue import WaitingQueue
+from medusa_core.scheduler.step_counts import StepCounts
+from medusa_core.tree.topology import TreeTopology
+
+_ROOT_ONLY = TreeTopology(())
 
 
 class Scheduler:
     """Policy of one engine. Not thread-safe.
 
-    max_depth: longest path of the tree in draft nodes; 0 where nothing drafts. clock: seconds, as `EngineRequest.arrival_s`.
+    max_depth: longest path of the tree in draft nodes; 0 where nothing drafts. topology: whose nodes are credited with what they
+    offered. clock: seconds, as `EngineRequest.arrival_s`.
     """
 
     def __init__(
@@ -42,6 +47,7 @@ class Scheduler:
         *,
         max_depth: int,
         max_model_len: int,
+        topology: TreeTopology = _ROOT_ONLY,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._config = config
@@ -63,7 +69,7 @@ class Scheduler:
         self._open_choices: dict[str, list[Request]] = {}
         self._next_step_id = 0
         self._tree_size = 1
-        self._num_steps = 0
+        self._counts = StepCounts(controller.sizes, topology, controller.costs)
         self._num_preemptions = 0
 
     @property
@@ -85,16 +91,23 @@ class Scheduler:
 
     def stats(self) -> EngineStats:
         """A snapshot; the time spent in steps is the caller's to add."""
+        counts = self._counts
         return EngineStats(
             num_running=self.num_running,
             num_waiting=self.num_waiting,
             num_blocks_used=self._cache.num_used_blocks,
             num_blocks=self._cache.num_blocks,
             tree_size=self._tree_size,
-            num_steps_total=self._num_steps,
+            num_steps_total=counts.num_steps,
             num_preemptions_total=self._num_preemptions,
             num_prefix_query_tokens_total=self._cache.num_prefix_query_tokens,
             num_prefix_hit_tokens_total=self._cache.num_prefix_hit_tokens,
+            num_steps_by_size_total=tuple(counts.num_steps_by_size),
+            num_head_hits_total=tuple(counts.num_head_hits),
+            num_lookup_hits_total=counts.num_lookup_hits,
+            decode_cost_seconds_total=counts.decode_cost_s,
+            draft_cost_seconds_total=counts.draft_cost_s,
+            plain_cost_seconds_total=counts.plain_cost_s,
         )
 
     def add(self, request: EngineRequest) -> None:
@@ -150,7 +163,8 @@ class Scheduler:
         if not plan.is_empty:
             self._in_flight.launch(plan.step_id, step)
             self._next_step_id += 1
-            self._num_steps += plan.has_rows
+            if plan.has_rows:
+                self._counts.launch(step.groups)
         return plan
 
     def update(self, result: StepResult) -> list[TokenDelta]:
@@ -168,11 +182,17 @@ class Scheduler:
             if 0 <= num_there < len(read.logprobs):
                 request.prompt_logprobs += read.logprobs[num_there:]
         deltas = []
+        num_lanes = num_tokens = 0
+        prefilled = {request.uid for request, _ in step.chunks}
         for lane_result in result.lanes:
             request = step.requests[lane_result.uid]
             is_news = bool(lane_result.token_ids) or lane_result.finish_reason is not None
             if is_news and not request.is_finished:
                 deltas.append(self._take_tokens(request, lane_result))
+                if lane_result.uid not in prefilled:
+                    num_lanes += 1
+                    num_tokens += len(lane_result.token_ids)
+        self._counts.land(step.groups, num_lanes=num_lanes, num_tokens=num_tokens)
         return deltas
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
@@ -216,6 +236,7 @@ class Scheduler:
             size = self._size_for(request, tree_size)
             lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
             step.add_draw(request, min(self._max_depth, size - 1) + 1)
+        step.groups = tuple((size, len(lanes)) for (_, size), lanes in lanes_by_kind.items())
         return [
             DecodeGroup(lanes=lanes, num_nodes=size, has_grammar=has_grammar)
             for (has_grammar, size), lanes in sorted(lanes_by_kind.items(), key=lambda item: item[0][0])
@@ -307,6 +328,8 @@ class Scheduler:
 
     def _take_tokens(self, request: Request, result: LaneResult) -> TokenDelta:
         is_first = not request.output_token_ids
+        if result.credit:
+            self._counts.credit(result.credit)
         request.output_token_ids += result.token_ids
         if request.lane is not None:
             self._cache.commit(request, request.num_known_tokens - 1)

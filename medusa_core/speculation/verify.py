@@ -8,7 +8,8 @@ and no lossless rule accepts more for a fixed set of children. The noise of a dr
 
 A tree may hold the same tokens on more than one path, since prompt lookup and heads do not know of each other. Such nodes are
 interchangeable: same tokens, same positions, so the same logits and the same K/V. So what is walked is a set of nodes, all of those
-whose path holds the tokens drawn so far, and the first of them stands for all.
+whose path holds the tokens drawn so far, and the first of them stands for all. Who gets the credit is another matter, which changes
+statistics alone: a head, if one has offered the token, and the lookup only for what no head has.
 
 Shapes: B lanes · N tree nodes · L levels (max depth + 1) · V vocabulary · W stop ids per lane.
 """
@@ -34,11 +35,13 @@ class Walk:
 
     token_ids_BL: int64, -1 beyond the walk's end. node_BL: int64, the node whose logits gave the token, the lowest of those whose
     path holds the tokens drawn before; 0 beyond the end. It need not be a child of the node before.
+    credit_BL: int64, the draft node that is credited with the token; -1 for the bonus and beyond the end.
     length_B: int64, tokens drawn, i.e. accepted + 1.
     """
 
     token_ids_BL: Tensor
     node_BL: Tensor
+    credit_BL: Tensor
     length_B: Tensor
 
 
@@ -57,6 +60,7 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
     is_pathless = rows.is_all_greedy and not rows.has_min_tokens and rows.penalties is None
     argmax_BN = logits_BNV.argmax(dim=-1) if is_pathless else None
     token_ids_BL = torch.full((num_lanes, tree.max_depth + 1), -1, dtype=torch.int64, device=device)
+    credit_BL = torch.full_like(token_ids_BL, -1)
     node_BL = torch.zeros_like(token_ids_BL)
     node_B = torch.zeros(num_lanes, dtype=torch.int64, device=device)
     is_open_B = torch.ones(num_lanes, dtype=torch.bool, device=device)
@@ -81,10 +85,23 @@ def walk_tree(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: Sam
         is_child_BN = is_visited_BN[:, tree.parent_N.clamp(min=0)] & (tree.parent_N >= 0)
         is_visited_BN = is_child_BN & (tokens_BN == drawn_B.unsqueeze(1))
         is_open_B = is_visited_BN.any(dim=1)
-        node_B = is_visited_BN.to(torch.int64).argmax(dim=1)
+        node_B = _first_node(is_visited_BN)
+        credit_BL[:, level] = torch.where(is_open_B, _credited_node(is_visited_BN, node_B, tree), -1)
         if device.type == "cpu" and not bool(is_open_B.any()):
             break
-    return Walk(token_ids_BL, node_BL, (token_ids_BL >= 0).sum(dim=1))
+    return Walk(token_ids_BL, node_BL, credit_BL, (token_ids_BL >= 0).sum(dim=1))
+
+
+def _first_node(is_there_BN: Tensor) -> Tensor:
+    return is_there_BN.to(torch.int64).argmax(dim=1)
+
+
+def _credited_node(is_visited_BN: Tensor, node_B: Tensor, tree: DeviceTree) -> Tensor:
+    """The first of the nodes that a head has filled, else the first of all, which is `node_B`."""
+    if tree.lookup_depth == 0 or tree.head_depth == 0:
+        return node_B
+    is_head_BN = is_visited_BN & (tree.rank_N >= 0)
+    return torch.where(is_head_BN.any(dim=1), _first_node(is_head_BN), node_B)
 
 
 def _forced(logits_BNV: Tensor, tokens_BN: Tensor, tree: DeviceTree, rows: SamplingRows, index_B: Tensor) -> Tensor:
@@ -122,3 +139,11 @@ def cut_walk(walk: Walk, stop_ids_BW: Tensor, room_B: Tensor, is_finished_B: Ten
     code_B = torch.where(kept_B >= room_B, FINISHED_LENGTH, NOT_FINISHED)
     code_B = torch.where(stop_len_B <= kept_B, FINISHED_STOP, code_B)
     return torch.where(is_finished_B, 0, kept_B), torch.where(is_finished_B, NOT_FINISHED, code_B)
+
+
+def credited_nodes(walk: Walk, num_kept_B: Tensor) -> Tensor:
+    """The draft nodes that are credited with tokens kept, int64 [B]: bit n for node n, so there must be no more than 64."""
+    level_L = torch.arange(walk.credit_BL.shape[1], device=num_kept_B.device)
+    is_credited_BL = (level_L < num_kept_B.unsqueeze(1)) & (walk.credit_BL >= 0)
+    bit_BL = torch.ones_like(walk.credit_BL) << walk.credit_BL.clamp(min=0)
+    return torch.where(is_credited_BL, bit_BL, 0).sum(dim=1)

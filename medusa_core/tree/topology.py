@@ -121,6 +121,12 @@ class TreeTopology:
         return (-1, *(choice[-1] for choice in self.choices))
 
     @cached_property
+    def head_ranks(self) -> tuple[tuple[int, int], ...]:
+        """Head (1-based) and rank of all nodes that heads fill, each pair once, in order."""
+        places = set(zip(self.depths, self.ranks, strict=True))
+        return tuple(sorted((depth, rank) for depth, rank in places if rank >= 0))
+
+    @cached_property
     def children(self) -> tuple[tuple[int, ...], ...]:
         """Child nodes of each node, in node order."""
         children: list[list[int]] = [[] for _ in range(self.num_nodes)]

@@ -6,7 +6,7 @@ import pytest
 
 from medusa_core.engine.core import EngineCore
 from medusa_core.errors import EngineError, InvalidParameterError, PromptError, UnsupportedParameterError
-from medusa_core.outputs import FinishReason, TokenDelta
+from medusa_core.outputs import STEP_LATENCY_BOUNDS_S, FinishReason, TokenDelta
 from medusa_core.params import Grammar, SamplingParams
 from medusa_core.plan import StepPlan
 from medusa_core.request import EngineRequest
@@ -120,7 +120,28 @@ def test_steps_and_their_time_are_counted():
     stats = core.stats()
     assert stats.num_steps_total == 3
     assert stats.step_seconds_total > 0
+    assert sum(stats.num_steps_by_latency_total) == 3
     assert stats.num_blocks == 100
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [0, 1])
+def test_steps_are_timed_from_result_to_result(max_steps_in_flight, monkeypatch):
+    """With a step in flight, what the host does meanwhile is part of it. Time before a launch is not."""
+    now = [0.0]
+    monkeypatch.setattr("medusa_core.engine.core.time.perf_counter", lambda: now[0])
+    core, _, _ = make_core(max_steps_in_flight)
+    for _ in range(2):
+        core.submit(make_request([5], max_tokens=4))
+        while core.has_work:
+            core.step()
+            now[0] += 0.25
+        now[0] += 100
+    stats = core.stats()
+    counts = dict(zip(STEP_LATENCY_BOUNDS_S, stats.num_steps_by_latency_total, strict=False))
+    # the clock stands still within a call, and a step's result comes `max_steps_in_flight` calls after its launch
+    assert stats.num_steps_total == 8
+    assert stats.step_seconds_total == 8 * 0.25 * max_steps_in_flight
+    assert counts[0.3 if max_steps_in_flight else 0.0005] == 8
 
 
 def test_a_scheduler_that_plans_nothing_for_its_requests_is_an_error_not_a_busy_loop():

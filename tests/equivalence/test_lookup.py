@@ -69,7 +69,11 @@ def test_the_same_tokens_in_fewer_steps(variant, has_heads, plain):
     by_name = check(plain, run(core, requests(names), arrive_every=1), names)
     assert by_name["off"].num_draft_steps == 0
     assert min(by_name[name].num_accepted for name in ("greedy, repeating", "biased")) >= 10
-    assert (core.stats().num_preemptions_total > 0) == (variant == "preemption")
+    stats = core.stats()
+    assert (stats.num_preemptions_total > 0) == (variant == "preemption")
+    num_accepted = sum(output.num_accepted for output in by_name.values())
+    assert sum(stats.num_head_hits_total) + stats.num_lookup_hits_total == num_accepted
+    assert (sum(stats.num_head_hits_total) > 0) == has_heads
 
 
 @pytest.mark.parametrize("has_heads", [False, True])
@@ -82,6 +86,15 @@ def test_the_same_tokens_on_kernels(has_heads, plain):
     for number, name in enumerate(names):
         assert outputs[number, 0].token_ids == plain[name].token_ids[:num_tokens]
         assert outputs[number, 0].num_accepted > 0
+    # the twin says the same of where they came from
+    twin = make_engine(
+        loaded, oracle_heads(loaded, texts) if has_heads else None, prompt_lookup=True, **CAPTURED | {"mode": "eager"}
+    )
+    run(twin, short)
+    stats, expected = core.stats(), twin.stats()
+    assert stats.num_head_hits_total == expected.num_head_hits_total
+    assert stats.num_lookup_hits_total == expected.num_lookup_hits_total
+    assert sum(stats.num_head_hits_total) + stats.num_lookup_hits_total == sum(output.num_accepted for output in outputs.values())
 
 
 def predicted(output: list[int]) -> tuple[int, ...]:

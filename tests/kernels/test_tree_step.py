@@ -7,13 +7,13 @@ import torch
 
 from medusa_core.kernels.lookup import match_suffixes
 from medusa_core.kernels.roots import gather_roots
-from medusa_core.kernels.tree_step import pack_trees, walk_trees
+from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS, pack_trees, walk_trees
 from medusa_core.runtime.penalty_state import PenaltyState
 from medusa_core.sampling.sampler import SamplingRows
 from medusa_core.speculation.device_tree import DeviceTree
 from medusa_core.speculation.drafter import draft_tree
 from medusa_core.speculation.lookup import MAX_MATCH_LEN, lookup_tokens
-from medusa_core.speculation.verify import cut_walk, walk_tree
+from medusa_core.speculation.verify import credited_nodes, cut_walk, walk_tree
 from medusa_core.tree.presets import load_tree
 from medusa_core.tree.topology import TreeTopology, lookup_chain
 from tests import options
@@ -87,6 +87,7 @@ def run_walk(state, lane_B, drawn_BN, token_BN, hidden_TE, result_BR, count_PV=N
         token_BN.flatten(),
         hidden_TE,
         parent_N=state.tree.parent_N,
+        rank_N=state.tree.rank_N,
         num_levels=state.tree.max_depth + 1,
         num_known_P=state.known,
         max_total_P=state.max_total,
@@ -197,13 +198,13 @@ def test_walk_cut_and_lane_state(name, seed):
         if has_logprobs[lane]:
             kept = int(kept_B[row])
             expected_path[lane, :kept] = hidden_BNE[row, walk.node_BL[row, :kept]]
-    result = torch.full((num_lanes, num_levels + 3), -9, device=options.device)
+    result = torch.full((num_lanes, num_levels + NUM_RESULT_COLUMNS), -9, device=options.device)
     hidden_TE = hidden_BNE.flatten(0, 1)
     source, target = run_walk(
         state, lane_B, drawn_BN, token_BN, hidden_TE, result, counted.count_PV, has_logprobs=has_logprobs, path_hidden=path_hidden
     )
     assert torch.equal(result[:, :num_levels], walk.token_ids_BL)
-    assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B], dim=1))
+    assert torch.equal(result[:, num_levels:], torch.stack([walk.length_B, kept_B, code_B, credited_nodes(walk, kept_B)], dim=1))
     assert torch.equal(state.tokens, expected_tokens)
     assert torch.equal(state.hidden, expected_hidden)
     assert torch.equal(path_hidden, expected_path)
@@ -241,7 +242,7 @@ def test_walks_go_as_far_as_plain_decoding_confirms(name, seed):
     lane_B = torch.arange(NUM_LANES, device=options.device)
     logits = torch.nn.functional.one_hot(drawn_BN, VOCAB).float()
     walk = walk_tree(logits, token_BN, tree, greedy_rows(NUM_LANES), torch.zeros_like(lane_B))
-    result = torch.zeros(NUM_LANES, tree.max_depth + 4, dtype=torch.int64, device=options.device)
+    result = torch.zeros(NUM_LANES, tree.max_depth + 1 + NUM_RESULT_COLUMNS, dtype=torch.int64, device=options.device)
     run_walk(state, lane_B, drawn_BN, token_BN, torch.zeros(token_BN.numel(), HIDDEN, device=options.device), result)
     assert torch.equal(result[:, : tree.max_depth + 1], walk.token_ids_BL)
     for lane in range(NUM_LANES):
@@ -252,6 +253,12 @@ def test_walks_go_as_far_as_plain_decoding_confirms(name, seed):
             # what is kept of a level is of a node on such a path, and the first of them
             node = int(walk.node_BL[lane, level])
             assert node == paths[lane].index(truth[lane][: level + 1])
+        for level in range(1, max(right)):
+            # the credit for a draft goes to the first such node that a head has filled, or else to the first one
+            holders = [node for node, path in enumerate(paths[lane]) if path == truth[lane][: level + 1]]
+            credited = next((node for node in holders if topology.ranks[node] >= 0), holders[0])
+            assert int(walk.credit_BL[lane, level - 1]) == credited
+    assert torch.equal(result[:, -1], credited_nodes(walk, result[:, -3]))
 
 
 def test_the_random_cases_cover_moves_stops_limits_and_full_paths():

@@ -153,6 +153,10 @@ def make_join(max_tokens: int, block_ids: tuple[int, ...] = (9, 3, 20, 5, 11, 30
     )
 
 
+def node_bits(*nodes: int) -> int:
+    return sum(1 << node for node in nodes)
+
+
 def whole_chunk() -> PrefillChunk:
     return PrefillChunk(lane=2, start=0, num_tokens=len(PROMPT), is_last=True)
 
@@ -185,6 +189,7 @@ def test_right_drafts_are_accepted_and_committed(bench, continuation):
     tokens = bench.prefill()
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.num_accepted) == (continuation[1:5], 3)
+    assert result.credit == node_bits(2, 4, 5)
     assert (result.num_draft_nodes, result.draft_depth, result.finish_reason) == (5, 3, None)
     # What follows sees the accepted path in the cache.
     assert bench.decode(1, []).token_ids == continuation[5:6]
@@ -210,7 +215,7 @@ def test_wrong_drafts_cost_nothing_but_the_step(bench, continuation):
     bench = bench()
     bench.prefill()
     result = bench.decode(6, [2, 2, 2])
-    assert (result.token_ids, result.num_accepted) == (continuation[1:2], 0)
+    assert (result.token_ids, result.num_accepted, result.credit) == (continuation[1:2], 0, 0)
     assert bench.decode(6, continuation[2:5]).token_ids == continuation[2:6]
 
 
@@ -226,10 +231,10 @@ def test_the_length_limit_cuts_a_path_and_ends_the_lane(bench, continuation):
     bench.prefill(max_tokens=3)
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.finish_reason) == (continuation[1:3], FinishReason.LENGTH)
-    assert result.num_accepted == 2
+    assert (result.num_accepted, result.credit) == (2, node_bits(2, 4))
     # A step that was launched before the end was known.
     late = bench.decode(6, continuation[3:6])
-    assert (late.token_ids, late.num_accepted) == ([], 0)
+    assert (late.token_ids, late.num_accepted, late.credit) == ([], 0, 0)
 
 
 def test_eos_inside_a_path_ends_it(bench, continuation):
@@ -237,6 +242,7 @@ def test_eos_inside_a_path_ends_it(bench, continuation):
     bench.prefill()
     result = bench.decode(6, continuation[1:4])
     assert (result.token_ids, result.finish_reason) == (continuation[1:3], FinishReason.STOP)
+    assert result.credit == node_bits(2, 4)
 
 
 def test_blocks_come_as_they_are_needed_and_lanes_are_used_again(bench, continuation):

@@ -137,6 +137,8 @@ class FakeRunner:
             num_draft_nodes=num_nodes - 1,
             draft_depth=min(self.max_depth, num_nodes - 1),
             num_accepted=min(num_tokens - 1, len(emitted)),
+            # as if node n were at depth n
+            credit=sum(2 << level for level in range(min(num_tokens - 1, len(emitted)))),
             finish_reason=lane.reason,
         )
 

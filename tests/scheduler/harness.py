@@ -10,6 +10,7 @@ from medusa_core.request import EngineRequest
 from medusa_core.scheduler.controller import FixedTreeSize
 from medusa_core.scheduler.noise import noise_key
 from medusa_core.scheduler.scheduler import Scheduler
+from medusa_core.tree.topology import TreeTopology
 from tests.scheduler.fake_runner import FakeRunner, plain_output
 
 
@@ -24,6 +25,7 @@ class Harness:
         max_depth=3,
         enable_prefix_cache=True,
         controller=None,
+        topology=None,
         seed=0,
         **config,
     ):
@@ -32,7 +34,13 @@ class Harness:
         self.cache = CacheManager(num_blocks=num_blocks, block_size=block_size, enable_prefix_cache=enable_prefix_cache)
         self.controller = controller or FixedTreeSize(tree_size, max_step_rows=self.config.max_step_rows)
         self.scheduler = Scheduler(
-            self.config, self.cache, self.controller, max_depth=max_depth, max_model_len=max_model_len, clock=lambda: 5.0
+            self.config,
+            self.cache,
+            self.controller,
+            max_depth=max_depth,
+            max_model_len=max_model_len,
+            topology=topology or TreeTopology.chain(max_depth),
+            clock=lambda: 5.0,
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, max_depth=max_depth, seed=seed)
         self.max_model_len = max_model_len

@@ -85,6 +85,22 @@ def test_a_tree_does_not_look_free_beside_a_long_prefill(num_prefill_rows):
     assert controller.choose(64, num_prefill_rows=num_prefill_rows) == 1
 
 
+def test_the_decode_part_of_a_step_that_shares_one_pass():
+    costs = PackedCosts(CostCurve(((1, 1.0), (101, 2.0))), CostCurve(((1, 0.25), (5, 0.75))))
+    assert costs.decode_seconds(((1, 11),)) == (1.1, 0.0)
+    # 3 x 16 + 2 x 4 + 5 rows, five lanes that draft
+    assert costs.decode_seconds(((16, 3), (1, 5), (4, 2))) == pytest.approx((1.6 + 0.75, 0.75))
+
+
+def test_the_decode_part_of_a_captured_step():
+    decode = {(1, 1): 1.0, (4, 1): 2.0, (1, 8): 3.0, (4, 8): 5.0, (1, 16): 6.0}
+    costs = CapturedCosts(decode, {64: 9.0}, {(1, 8): 0.5, (3, 8): 0.7, (1, 16): 0.25})
+    # launches are filled up; drafting is interpolated
+    assert costs.decode_seconds(((8, 2), (1, 3))) == pytest.approx((5.0 + 2.0, 0.6))
+    assert costs.decode_seconds(((16, 1),)) == (6.0, 0.25)
+    assert CapturedCosts(decode, {64: 9.0}).decode_seconds(((8, 2),)) == (5.0, 0.0)
+
+
 def test_a_draft_that_costs_more_than_it_brings_is_not_made():
     assert measured(FLAT, draft=CostCurve(((1, 2.0),))).choose(1) == 1
     assert measured(FLAT, draft=CostCurve(((1, 0.5),))).choose(1) == 64

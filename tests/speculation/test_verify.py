@@ -11,7 +11,7 @@ from scipy.stats import chisquare
 from medusa_core.params import SamplingParams
 from medusa_core.sampling.sampler import draw
 from medusa_core.speculation.device_tree import DeviceTree
-from medusa_core.speculation.verify import FINISHED_LENGTH, FINISHED_STOP, NOT_FINISHED, Walk, cut_walk, walk_tree
+from medusa_core.speculation.verify import FINISHED_LENGTH, FINISHED_STOP, NOT_FINISHED, Walk, credited_nodes, cut_walk, walk_tree
 from medusa_core.tree.topology import TreeTopology
 from tests import options
 from tests.sampling.test_sampler import make_rows, on_device
@@ -126,7 +126,7 @@ def test_the_chi_square_test_rejects_typical_acceptance():
 
 def make_walk(tokens: list[list[int]], width: int) -> Walk:
     padded = torch.tensor([row + [-1] * (width - len(row)) for row in tokens])
-    return Walk(padded, torch.zeros_like(padded), (padded >= 0).sum(1))
+    return Walk(padded, torch.zeros_like(padded), torch.zeros_like(padded), (padded >= 0).sum(1))
 
 
 @pytest.mark.parametrize(
@@ -146,3 +146,25 @@ def test_cut(tokens, room, is_finished, kept, code):
     stop_ids = torch.tensor([[2, 9, -1]])
     num_kept, finish = cut_walk(make_walk([tokens], 4), stop_ids, torch.tensor([room]), torch.tensor([is_finished]))
     assert (num_kept.tolist(), finish.tolist()) == ([kept], [code])
+
+
+def test_the_credit_for_tokens_kept_is_a_bit_for_each_node():
+    walk = make_walk([[5, 6, 7], [5], [5, 6, 7]], 4)
+    walk.credit_BL = torch.tensor([[1, 63, -1, -1], [-1, -1, -1, -1], [2, 4, 6, -1]])
+    assert credited_nodes(walk, torch.tensor([3, 1, 1])).tolist() == [2 - 2**63, 0, 4]
+
+
+def test_a_head_has_the_credit_for_what_the_lookup_offers_too():
+    """Whichever of the two comes first in the tree; the lookup has it for what no head offers."""
+    context, params = (2, 3), SamplingParams(temperature=0.0)
+    first, second = plain_decode(context, params, 0, 0, 2)
+    for choices, credit in (
+        ([(-1,), (0,), (-1, -1)], [2, 3]),
+        ([(1,), (-1,), (-1, -1), (0,), (0, 0)], [4, 5]),
+        ([(1,), (-1,), (-1, -1)], [2, 3]),
+    ):
+        # rank -1 is the last of these lists: what the lookup offers
+        draft = [[first, VOCAB, first], [second, VOCAB, second]]
+        walk = verify_once(context, TreeTopology.from_choices(choices), draft, params, [0], 0)
+        assert walk.length_B.tolist() == [3]
+        assert walk.credit_BL.tolist() == [[*credit, -1]]
