@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from medusa_core.errors import (
     CapacityError,
@@ -50,6 +52,9 @@ class InvalidAPIKeyError(RequestError):
     code = "invalid_api_key"
 
 
+# Where a request's scope keeps the code of the error that refused it.
+REFUSAL = "medusa.refusal"
+
 # The client has gone; nobody reads the answer, but logs and metrics show the status.
 CLIENT_CLOSED_REQUEST = 499
 
@@ -64,6 +69,7 @@ class Answer:
     is_closing_connection: bool = False
 
 
+_JSON = "application/json"
 _INVALID = "invalid_request_error"
 _SERVER = "server_error"
 
@@ -87,6 +93,32 @@ def answer_for(error: MedusaError) -> Answer:
     return next(ANSWERS[cls] for cls in type(error).__mro__ if cls in ANSWERS)
 
 
+def is_refusal(error_class: type[MedusaError]) -> bool:
+    """Whether such an error turns a request away: it is wrong, or there is no room for it now. The others are failures."""
+    return issubclass(error_class, (RequestError, CapacityError, EngineNotReadyError))
+
+
+def refusal_codes() -> list[str]:
+    """Codes of all refusals there are, in alphabetical order."""
+    return sorted({error_class.code for error_class in _subclasses(MedusaError) if is_refusal(error_class)})
+
+
+def _subclasses(error_class: type[MedusaError]) -> Iterator[type[MedusaError]]:
+    for subclass in error_class.__subclasses__():
+        yield subclass
+        yield from _subclasses(subclass)
+
+
+class _Refusal(Response):
+    """Tells those who see the request's scope afterwards why it was refused."""
+
+    code: str
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope[REFUSAL] = self.code
+        await super().__call__(scope, receive, send)
+
+
 def error_object(error: MedusaError) -> ErrorObject:
     """What clients are told of it."""
     param = error.param if isinstance(error, RequestError) else None
@@ -107,7 +139,12 @@ def error_response(error: MedusaError) -> Response:
         headers["connection"] = "close"
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
-    return json_response(encode(ErrorBody(error_object(error))), status=answer.status, headers=headers)
+    body = encode(ErrorBody(error_object(error)))
+    if not is_refusal(type(error)):
+        return json_response(body, status=answer.status, headers=headers)
+    refusal = _Refusal(body, answer.status, headers, _JSON)
+    refusal.code = error.code
+    return refusal
 
 
 def internal_error_response() -> Response:
@@ -122,4 +159,4 @@ def http_error_response(status: int, message: str, *, code: str, headers: dict[s
 
 def json_response(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
     """A response whose body is encoded already."""
-    return Response(body, status_code=status, headers=headers, media_type="application/json")
+    return Response(body, status, headers, _JSON)

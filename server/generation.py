@@ -53,6 +53,8 @@ class _Choice:
     is_open: bool = True
     is_running: bool = True
     last_delta_s: float | None = None
+    ttft_s: float = 0.0
+    num_tokens: int = 0
     # not told yet
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -201,6 +203,7 @@ class Generation:
             text += added.text
             calls += added.calls
             self._num_completion_tokens += added.num_tokens
+            choice.num_tokens += added.num_tokens
             if choice.prediction is not None:
                 choice.prediction.add(delta.token_ids[: added.num_tokens])
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
@@ -247,18 +250,21 @@ class Generation:
     def _observe_first(self, choice: _Choice, delta: TokenDelta, now: float) -> None:
         request = choice.request
         choice.last_delta_s = now
-        self._metrics.observe_first_delta(ttft_s=now - request.arrival_s, queue_s=delta.queue_s)
+        choice.ttft_s = now - request.arrival_s
+        self._metrics.observe_first_delta(ttft_s=choice.ttft_s, queue_s=delta.queue_s)
         if request.request_id not in self._cached_tokens:
             self._cached_tokens[request.request_id] = delta.num_cached_tokens
-            self._metrics.observe_prompt(len(request.prompt_token_ids))
+            self._metrics.observe_prompt(len(request.prompt_token_ids), num_cached=delta.num_cached_tokens)
 
     def _close(self, choice: _Choice, reason: str) -> None:
         choice.is_open = False
         self._num_open -= 1
-        self._metrics.observe_finish(reason, e2e_s=time.monotonic() - choice.request.arrival_s)
+        e2e_s = time.monotonic() - choice.request.arrival_s
+        self._metrics.observe_finish(reason, num_tokens=choice.num_tokens, ttft_s=choice.ttft_s, e2e_s=e2e_s)
 
     def _count_unfinished(self, reason: str | None) -> None:
-        """reason: None for a request that never ran, which is no outcome of the engine."""
+        """reason: None for a request that was refused. Choices that never ran are then no outcome of the engine; those that did run
+        ended with what others of the request were refused for, or with a grammar that takes too much to follow."""
         for choice in self._choices.values():
-            if choice.is_open and reason is not None:
-                self._close(choice, reason)
+            if choice.is_open and (reason is not None or choice.last_delta_s is not None):
+                self._close(choice, reason or "error")

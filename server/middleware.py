@@ -17,6 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medusa_core.errors import MedusaError
 from server.errors import (
     CLIENT_CLOSED_REQUEST,
+    REFUSAL,
     InvalidAPIKeyError,
     RequestTooLargeError,
     error_response,
@@ -88,7 +89,9 @@ class ObservabilityMiddleware:
         # Unknown paths and methods share a label: clients must not be able to create time series.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-        self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s)
+        self._serving.http_metrics.observe(
+            method=method, route=route, status=status, duration_s=duration_s, refusal=scope.get(REFUSAL)
+        )
         level = logging.DEBUG if route in _POLLED_ROUTES else logging.INFO
         access_logger.log(level, "%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, request_id)
 

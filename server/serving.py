@@ -17,7 +17,7 @@ from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor
 from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
-from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics
+from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info
 from server.settings import ServerSettings
 
 logger = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ class Serving:
 
     def __post_init__(self) -> None:
         self.http_metrics = HttpMetrics(self.registry)
+        register_build_info(self.engine_registry)
         # Long prompts stall neither running streams nor, up to this many of them, the prompts that come after.
         self.text_threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="text")
 
@@ -77,8 +78,8 @@ class Serving:
         finally:
             self.is_loading = False
         names = tuple(self.settings.served_model_name) or (info.model_name,)
-        metrics = GenerationMetrics(self.registry, model_name=names[0], max_depth=info.max_depth)
-        engine_metrics = EngineMetrics(self.engine_registry, model_name=names[0])
+        metrics = GenerationMetrics(self.registry, model_name=names[0], max_depth=info.max_depth, max_model_len=info.max_model_len)
+        engine_metrics = EngineMetrics(self.engine_registry, model_name=names[0], info=info)
         tool_format = find_tool_format(self.settings.tool_call_parser, text.chat_template_text)
         self.model = ServedModel(info, text, metrics, engine_metrics, names, created=int(time.time()), tool_format=tool_format)
         logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)

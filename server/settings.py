@@ -71,6 +71,7 @@ class ServerSettings(BaseSettings):
     max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
     allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
     drain_timeout_s: float = Field(60, ge=0, description="seconds that running requests may take to end after SIGTERM")
+    no_vllm_metrics: bool = Field(False, description="leave out of /metrics what repeats ours under vLLM's names")
     sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
 

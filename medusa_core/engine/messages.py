@@ -93,13 +93,14 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
 
     build: "module:function" called as function(config, progress=True) -> EngineCore.
     folder: private to this worker and holds its socket; the worker removes it if its parent dies first.
-    log_level: name of a level of the logging module.
+    log_level: name of a level of the logging module. num_starts: as outputs.EngineStats.
     """
 
     config: EngineConfig
     build: str
     folder: str
     log_level: str
+    num_starts: int = 1
 
     @property
     def address(self) -> str:

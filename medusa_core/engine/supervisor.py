@@ -40,10 +40,10 @@ class WorkerProcess:
         self._spec = spec
 
     @classmethod
-    async def spawn(cls, config: EngineConfig, *, build: str, log_level: str) -> WorkerProcess:
-        """Start the process; `ready` tells when it can be used."""
+    async def spawn(cls, config: EngineConfig, *, build: str, log_level: str, num_starts: int = 1) -> WorkerProcess:
+        """Start the process; `ready` tells when it can be used. num_starts: how often there has been one, this one included."""
         folder = tempfile.mkdtemp(prefix="medusa-")  # mode 0700: only this user can reach the socket in it
-        spec = WorkerSpec(config=config, build=build, folder=folder, log_level=log_level)
+        spec = WorkerSpec(config=config, build=build, folder=folder, log_level=log_level, num_starts=num_starts)
         try:
             command = (sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path)
             environment = ENGINE_ENVIRONMENT | os.environ
@@ -124,6 +124,7 @@ class Supervisor:
         self._on_up = on_up
         self._on_down = on_down
         self._restart_delays_s = restart_delays_s
+        self._num_starts = 0
         self._worker: WorkerProcess | None = None
         self._task: asyncio.Task[None] | None = None
 
@@ -145,7 +146,8 @@ class Supervisor:
             self._worker = None
 
     async def _launch(self) -> WorkerProcess:
-        worker = await WorkerProcess.spawn(self._config, build=self._build, log_level=self._log_level)
+        self._num_starts += 1
+        worker = await WorkerProcess.spawn(self._config, build=self._build, log_level=self._log_level, num_starts=self._num_starts)
         try:
             ready = await worker.ready()
         except BaseException:

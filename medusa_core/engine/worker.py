@@ -138,6 +138,7 @@ def _serve(spec: WorkerSpec, outcome_pipe: BinaryIO) -> int:
             logger.error("the engine did not start: %s", error)
             _report(outcome_pipe, StartFailed(WireError.of(error)))
             return 1
+        core.num_starts = spec.num_starts
         _tame_garbage_collector()
         _report(outcome_pipe, Ready(core.info, core.stats()))
         return 0 if EngineLoop(core, transport).run() else 1

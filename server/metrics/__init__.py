@@ -9,9 +9,9 @@ Speculation counts follow the vocabulary of the engine: the first token of a cho
 is a plain step, and acceptance length is the number of tokens kept of a step that had draft nodes, bonus included.
 """
 
-from server.metrics.engine import EngineMetrics
+from server.metrics.engine import EngineMetrics, register_build_info
 from server.metrics.exposition import render
 from server.metrics.generation import GenerationMetrics
 from server.metrics.http import HttpMetrics
 
-__all__ = ["EngineMetrics", "GenerationMetrics", "HttpMetrics", "render"]
+__all__ = ["EngineMetrics", "GenerationMetrics", "HttpMetrics", "register_build_info", "render"]

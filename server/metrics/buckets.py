@@ -1,4 +1,4 @@
-"""Bounds of the histograms' buckets, in seconds."""
+"""Bounds of the histograms' buckets: times in seconds, and lengths in tokens."""
 
 from __future__ import annotations
 
@@ -12,3 +12,13 @@ LATENCY = (
     .01, .05, .1, .3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680,
 )
 # fmt: on
+
+
+def up_to(most: int) -> tuple[float, ...]:
+    """1, 2, 5, 10, 20, 50 and so on, the last one below `most`, then `most`."""
+    bounds: list[float] = []
+    scale = 1
+    while scale < most:
+        bounds += [float(scale * step) for step in (1, 2, 5) if scale * step < most]
+        scale *= 10
+    return (*bounds, float(most))

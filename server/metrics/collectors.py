@@ -72,10 +72,18 @@ class TokenHistogram(Collector):
         self._sum += value * times
 
     def collect(self) -> Iterable[Metric]:
-        family = HistogramMetricFamily(self._name, self._documentation, labels=list(self._labels))
-        names = map(floatToGoString, (*self._bounds, INF))
-        family.add_metric(list(self._labels.values()), list(zip(names, accumulate(self._counts), strict=True)), self._sum)
-        yield family
+        counts = accumulate(self._counts)
+        yield histogram_family(self._name, self._documentation, self._labels, bounds=self._bounds, counts=counts, total=self._sum)
+
+
+def histogram_family(
+    name: str, documentation: str, labels: dict[str, str], *, bounds: tuple[float, ...], counts: Iterable[float], total: float
+) -> Metric:
+    """counts: of what is at most each bound, and of all. total: the sum of what was observed."""
+    family = HistogramMetricFamily(name, documentation, labels=list(labels))
+    names = map(floatToGoString, (*bounds, INF))
+    family.add_metric(list(labels.values()), list(zip(names, counts, strict=True)), total)
+    return family
 
 
 class TokenRate:

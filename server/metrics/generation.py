@@ -12,14 +12,15 @@ from server.metrics.collectors import Count, TokenCounter, TokenHistogram, Token
 class GenerationMetrics:
     """Choices, their tokens and their steps, labelled with the model's served name. Created once the model is known.
 
-    max_depth: longest path of the tree; 0 where nothing drafts.
+    max_depth: longest path of the tree; 0 where nothing drafts. max_model_len: most tokens of prompt and output.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, model_name: str, max_depth: int) -> None:
+    def __init__(self, registry: CollectorRegistry, *, model_name: str, max_depth: int, max_model_len: int) -> None:
         self._registry = registry
         self._model_name = model_name
         self._token_rate = TokenRate()
-        self._create_request_metrics()
+        self._create_token_metrics(buckets.up_to(max_model_len))
+        self._create_time_metrics()
         self._create_speculation_metrics(max_depth)
 
     def _counter(self, name: str, help_text: str) -> Count:
@@ -32,10 +33,24 @@ class GenerationMetrics:
     def _token_histogram(self, name: str, help_text: str, bounds: tuple[float, ...]) -> TokenHistogram:
         return TokenHistogram(f"medusa_{name}", help_text, {"model_name": self._model_name}, self._registry, bounds=bounds)
 
-    def _create_request_metrics(self) -> None:
+    def _create_token_metrics(self, lengths: tuple[float, ...]) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens of requests that got a first token.")
+        self._cached_tokens = self._counter("prompt_tokens_cached", "Of them, those found in the prefix cache.")
         self._generation_tokens = self._counter("generation_tokens", "Tokens emitted, after trimming at stop strings.")
         self._discarded_tokens = self._counter("discarded_tokens", "Tokens the engine emitted past a stop string.")
+        self._prompt_length = self._histogram("request_prompt_tokens", "Tokens of each prompt that got a first token.", lengths)
+        self._output_length = self._histogram(
+            "request_generation_tokens", "Tokens of each choice that got any, when it ended, however it did.", lengths
+        )
+        tokens_per_second = Gauge(
+            "medusa_tokens_per_second",
+            "Tokens emitted per second over the last ten seconds.",
+            ("model_name",),
+            registry=self._registry,
+        )
+        tokens_per_second.labels(self._model_name).set_function(self._token_rate.per_second)
+
+    def _create_time_metrics(self) -> None:
         self._ttft = self._histogram("time_to_first_token_seconds", "Arrival to first token, per choice.", buckets.TTFT)
         self._itl = self._token_histogram(
             "inter_token_latency_seconds",
@@ -44,6 +59,17 @@ class GenerationMetrics:
         )
         self._e2e = self._histogram("e2e_request_latency_seconds", "Arrival to last token, per choice.", buckets.LATENCY)
         self._queue_time = self._histogram("request_queue_time_seconds", "Wait for a lane, per choice.", buckets.LATENCY)
+        self._prefill_time = self._histogram(
+            "request_prefill_time_seconds", "From a lane to the first token, per choice.", buckets.LATENCY
+        )
+        self._decode_time = self._histogram(
+            "request_decode_time_seconds", "First token to last, per choice that came to its end.", buckets.LATENCY
+        )
+        self._tpot = self._histogram(
+            "request_time_per_output_token_seconds",
+            "First token to last over the tokens behind the first, per choice of two or more that came to its end.",
+            buckets.INTER_TOKEN,
+        )
         self._finished = Counter(
             "medusa_request_success",
             "Choices that ended, by reason: stop, length, abort (client gone), error.",
@@ -52,13 +78,6 @@ class GenerationMetrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(self._model_name, reason)
-        tokens_per_second = Gauge(
-            "medusa_tokens_per_second",
-            "Tokens emitted per second over the last ten seconds.",
-            ("model_name",),
-            registry=self._registry,
-        )
-        tokens_per_second.labels(self._model_name).set_function(self._token_rate.per_second)
 
     def _create_speculation_metrics(self, max_depth: int) -> None:
         self._acceptance_length = self._token_histogram(
@@ -79,12 +98,16 @@ class GenerationMetrics:
         )
         self._accepted_at = [per_position.labels(self._model_name, str(position)) for position in range(max_depth)]
 
-    def observe_prompt(self, num_tokens: int) -> None:
+    def observe_prompt(self, num_tokens: int, *, num_cached: int) -> None:
+        """A prompt whose first token came, `num_cached` of its own having been in the prefix cache."""
         self._prompt_tokens.value += num_tokens
+        self._cached_tokens.value += num_cached
+        self._prompt_length.observe(num_tokens)
 
     def observe_first_delta(self, *, ttft_s: float, queue_s: float) -> None:
         self._ttft.observe(ttft_s)
         self._queue_time.observe(queue_s)
+        self._prefill_time.observe(ttft_s - queue_s)
 
     def observe_delta(self, delta: TokenDelta, *, num_kept: int) -> None:
         """Count one delta of one choice, of which `num_kept` tokens survived trimming."""
@@ -117,7 +140,14 @@ class GenerationMetrics:
     def observe_discarded(self, num_tokens: int) -> None:
         self._discarded_tokens.value += num_tokens
 
-    def observe_finish(self, reason: str, *, e2e_s: float) -> None:
+    def observe_finish(self, reason: str, *, num_tokens: int, ttft_s: float, e2e_s: float) -> None:
+        """A choice ended with `num_tokens` tokens; without any, there was no time to the first."""
         self._finished.labels(self._model_name, reason).inc()
+        if num_tokens:
+            self._output_length.observe(num_tokens)
         if reason in ("stop", "length"):
+            decode_s = e2e_s - ttft_s
             self._e2e.observe(e2e_s)
+            self._decode_time.observe(decode_s)
+            if num_tokens > 1:
+                self._tpot.observe(decode_s / (num_tokens - 1))

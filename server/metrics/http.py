@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
+from server.errors import refusal_codes
 from server.metrics import buckets
 
 
 class HttpMetrics:
-    """Requests and durations per route. Exists before the model is loaded."""
+    """Requests and durations per route, and refusals. Exists before the model is loaded."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         labels = ("method", "route", "status")
@@ -20,7 +21,19 @@ class HttpMetrics:
             registry=registry,
             buckets=buckets.LATENCY,
         )
+        self._refused = Counter(
+            "medusa_requests_refused",
+            "Requests answered with an error that is not the server's failure, by the error's code.",
+            ("reason",),
+            registry=registry,
+        )
+        # There from the start, so that the first refusal is an increase too.
+        for code in refusal_codes():
+            self._refused.labels(code)
 
-    def observe(self, *, method: str, route: str, status: int, duration_s: float) -> None:
+    def observe(self, *, method: str, route: str, status: int, duration_s: float, refusal: str | None = None) -> None:
+        """Count one answer. refusal: the code of the error it tells, where that is one of `refusal_codes`."""
         self._requests.labels(method, route, str(status)).inc()
         self._duration.labels(method, route).observe(duration_s)
+        if refusal is not None:
+            self._refused.labels(refusal).inc()

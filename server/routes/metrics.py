@@ -20,5 +20,9 @@ async def metrics(request: Request) -> Response:
     if serving.model is not None:
         # A dead engine runs nothing, whatever its last snapshot said; its totals start again at 0.
         serving.model.engine_metrics.update(serving.client.stats if serving.client.is_ready else EngineStats())
-    page = render(serving.registry.collect(), serving.engine_registry.collect())
+    page = render(
+        serving.registry.collect(),
+        serving.engine_registry.collect(),
+        has_vllm_names=not serving.settings.no_vllm_metrics,
+    )
     return Response(page, media_type=CONTENT_TYPE_LATEST)

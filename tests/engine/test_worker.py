@@ -67,6 +67,17 @@ async def test_a_failing_engine_is_replaced_again_and_again(client: WorkerClient
     assert tokens_of(await collect(client, make_request("a", [6], max_tokens=2))) == [6, 6]
 
 
+async def test_a_snapshot_tells_how_often_the_process_was_started(client: WorkerClient):
+    assert client.stats.num_starts == 1
+    await collect(client, make_request("a", [5], max_tokens=3))
+    assert (client.stats.num_starts, client.stats.num_steps_total) == (1, 3)
+    os.kill(client.worker_pid, signal.SIGKILL)
+    await until(lambda: not client.is_ready)
+    await until(lambda: client.is_ready)
+    await collect(client, make_request("b", [5], max_tokens=2))
+    assert (client.stats.num_starts, client.stats.num_steps_total) == (2, 2)
+
+
 async def test_the_worker_leaves_ctrl_c_and_sigterm_to_its_parent(client: WorkerClient):
     pid = client.worker_pid
     os.kill(pid, signal.SIGINT)

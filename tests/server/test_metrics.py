@@ -10,7 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from medusa_core.outputs import EngineStats
-from server.metrics import EngineMetrics, render
+from server.metrics import render
 from server.metrics.collectors import TokenCounter, TokenHistogram, TokenRate
 from tests.server.fakes import FakeClient
 
@@ -129,21 +129,6 @@ async def test_engine_gauges_show_the_latest_snapshot(make_http):
     assert values["medusa_tree_size"] == 16
     client.is_alive = False
     assert (await scrape(http))["medusa_num_requests_running"] == 0
-
-
-def test_engine_counters_survive_a_restart_of_the_worker():
-    registry = CollectorRegistry()
-    metrics = EngineMetrics(registry, model_name="m")
-
-    def update(steps, preemptions):
-        metrics.update(EngineStats(num_steps_total=steps, num_preemptions_total=preemptions))
-        return registry.get_sample_value("medusa_num_preemptions_total", {"model_name": "m"})
-
-    assert update(10, 2) == 2
-    assert update(20, 5) == 5
-    assert update(20, 5) == 5
-    assert update(3, 1) == 6
-    assert update(4, 2) == 7
 
 
 def test_token_rate_covers_ten_seconds():
