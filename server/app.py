@@ -17,8 +17,10 @@ from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
 from server import openapi
+from server.auth import APIKeyMiddleware
 from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
-from server.middleware import APIKeyMiddleware, BodyLimitMiddleware, ObservabilityMiddleware
+from server.limits import RATE_LIMIT_HEADERS
+from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
 from server.routes import chat, completions, health, metrics, models, responses, tokenization
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
@@ -57,15 +59,15 @@ def create_app(
     openapi.complete(app.openapi(), settings)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
-    if settings.api_key:
-        app.add_middleware(APIKeyMiddleware, keys=settings.api_key)
+    if serving.keyring.is_used:
+        app.add_middleware(APIKeyMiddleware, keyring=serving.keyring, limiter=serving.limiter)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origin),
             allow_methods=["*"],
             allow_headers=["*"],
-            expose_headers=["x-request-id", "openai-processing-ms", "retry-after"],
+            expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *RATE_LIMIT_HEADERS],
         )
     app.add_middleware(ObservabilityMiddleware, serving=serving)
     return app

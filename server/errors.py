@@ -20,6 +20,7 @@ from medusa_core.errors import (
 )
 from server.protocol.common import encode
 from server.protocol.errors import ErrorBody, ErrorObject
+from server.request_info import note_error
 
 
 class UnknownParameterError(RequestError):
@@ -46,14 +47,17 @@ class RequestTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class RateLimitError(RequestError):
+    """The API key has used up what it may."""
+
+    code = "rate_limit_exceeded"
+
+
 class InvalidAPIKeyError(RequestError):
     """The API key is missing or wrong."""
 
     code = "invalid_api_key"
 
-
-# Where a request's scope keeps the code of the error that refused it.
-REFUSAL = "medusa.refusal"
 
 # The client has gone; nobody reads the answer, but logs and metrics show the status.
 CLIENT_CLOSED_REQUEST = 499
@@ -79,6 +83,8 @@ ANSWERS: dict[type[MedusaError], Answer] = {
     InvalidAPIKeyError: Answer(401, _INVALID),
     ModelNotFoundError: Answer(404, _INVALID),
     RequestTooLargeError: Answer(413, _INVALID),
+    # Its retry-after is computed for each.
+    RateLimitError: Answer(429, _INVALID),
     CapacityError: Answer(503, _SERVER, retry_after_s=1),
     DrainingError: Answer(503, _SERVER, retry_after_s=5, is_closing_connection=True),
     EngineError: Answer(500, _SERVER),
@@ -109,16 +115,6 @@ def _subclasses(error_class: type[MedusaError]) -> Iterator[type[MedusaError]]:
         yield from _subclasses(subclass)
 
 
-class _Refusal(Response):
-    """Tells those who see the request's scope afterwards why it was refused."""
-
-    code: str
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope[REFUSAL] = self.code
-        await super().__call__(scope, receive, send)
-
-
 def error_object(error: MedusaError) -> ErrorObject:
     """What clients are told of it."""
     param = error.param if isinstance(error, RequestError) else None
@@ -127,6 +123,20 @@ def error_object(error: MedusaError) -> ErrorObject:
 
 # For a bug; details stay in the log.
 INTERNAL_ERROR = ErrorObject("The server had an internal error. See its log.", _SERVER, None, "internal_error")
+
+
+class ErrorResponse(Response):
+    """An error object, whose code the request's log is told."""
+
+    media_type = _JSON
+
+    def __init__(self, error: ErrorObject, *, status: int, headers: dict[str, str] | None = None) -> None:
+        super().__init__(encode(ErrorBody(error)), status_code=status, headers=headers)
+        self._code = error.code
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        note_error(scope, self._code)
+        await super().__call__(scope, receive, send)
 
 
 def error_response(error: MedusaError) -> Response:
@@ -139,22 +149,17 @@ def error_response(error: MedusaError) -> Response:
         headers["connection"] = "close"
     if answer.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = encode(ErrorBody(error_object(error)))
-    if not is_refusal(type(error)):
-        return json_response(body, status=answer.status, headers=headers)
-    refusal = _Refusal(body, answer.status, headers, _JSON)
-    refusal.code = error.code
-    return refusal
+    return ErrorResponse(error_object(error), status=answer.status, headers=headers)
 
 
 def internal_error_response() -> Response:
     """The HTTP answer to a bug."""
-    return json_response(encode(ErrorBody(INTERNAL_ERROR)), status=500)
+    return ErrorResponse(INTERNAL_ERROR, status=500)
 
 
 def http_error_response(status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> Response:
     """The HTTP answer to a failure of routing, which has no error class."""
-    return json_response(encode(ErrorBody(ErrorObject(message, _INVALID, None, code))), status=status, headers=headers)
+    return ErrorResponse(ErrorObject(message, _INVALID, None, code), status=status, headers=headers)
 
 
 def json_response(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -20,7 +20,7 @@ from server.convert import Job
 from server.metrics import GenerationMetrics
 from server.prediction import PredictionCount
 from server.protocol.common import CompletionTokensDetails, PromptTokensDetails, RequestMetrics, Usage
-from server.record import RequestRecord
+from server.record import RequestRecord, Work
 
 
 # A struct, as there is one per frame: a frozen dataclass takes five times as long to make.
@@ -50,6 +50,8 @@ class _Choice:
     index: int
     output: OutputText
     prediction: PredictionCount | None
+    record: RequestRecord
+    finish_reason: str | None = None
     is_open: bool = True
     is_running: bool = True
     last_delta_s: float | None = None
@@ -97,14 +99,13 @@ class Generation:
                 prompt_idx * job.n + idx,
                 new_output(request.prompt_token_ids),
                 PredictionCount(request.params.prediction) if request.params.prediction else None,
+                RequestRecord(arrival_s=request.arrival_s, max_depth=max_depth),
             )
             for prompt_idx, request in enumerate(job.requests)
             for idx in range(job.n)
         }
         self._num_open = len(self._choices)
         self._has_token_ids = has_token_ids
-        is_one = job.num_choices == 1
-        self._record = RequestRecord(arrival_s=job.requests[0].arrival_s, max_depth=max_depth) if is_one else None
         self._cached_tokens: dict[str, int] = {}
         self._num_completion_tokens = 0
         # Choices whose text has ended while the engine goes on.
@@ -143,7 +144,26 @@ class Generation:
     @property
     def request_metrics(self) -> RequestMetrics | None:
         """None for several choices."""
-        return None if self._record is None else self._record.metrics
+        if len(self._choices) > 1:
+            return None
+        (choice,) = self._choices.values()
+        return choice.record.metrics
+
+    @property
+    def num_charged_tokens(self) -> int:
+        """Of prompts that the engine has computed, and of completions."""
+        prompts = (len(request.prompt_token_ids) for request in self._requests if request.request_id in self._cached_tokens)
+        return sum(prompts) + self._num_completion_tokens
+
+    @property
+    def finish_reasons(self) -> list[str | None]:
+        """Of each choice, in the order of their indices: as clients are told, or abort or error; None while it is open."""
+        return [choice.finish_reason for choice in sorted(self._choices.values(), key=lambda choice: choice.index)]
+
+    @property
+    def work(self) -> Work:
+        """What the engine has done for all choices together."""
+        return Work.of([choice.record for choice in self._choices.values()])
 
     async def updates(self) -> Updates:
         """Updates of all choices, interleaved: each item holds what is new since the one before, at most one update per choice.
@@ -211,8 +231,7 @@ class Generation:
                 choice.token_ids += delta.token_ids[: added.num_tokens]
                 choice.logprobs += delta.logprobs[: added.num_tokens]
                 choice.prompt_logprobs += delta.prompt_logprobs
-            if self._record is not None:
-                self._record.add(delta, num_kept=added.num_tokens, now_s=now)
+            choice.record.add(delta, num_kept=added.num_tokens, now_s=now)
             if choice.last_delta_s is None:
                 self._observe_first(choice, delta, now)
             else:
@@ -238,7 +257,7 @@ class Generation:
         prompt_logprobs, choice.prompt_logprobs = choice.prompt_logprobs, []
         name = reason and reason.value
         if reason is FinishReason.STOP and choice.output.has_calls:
-            name = "tool_calls"
+            name = choice.finish_reason = "tool_calls"
         return ChoiceUpdate(choice.index, text, name, token_ids, logprobs, prompt_logprobs, calls)
 
     async def _abort_stopped(self) -> None:
@@ -258,6 +277,7 @@ class Generation:
 
     def _close(self, choice: _Choice, reason: str) -> None:
         choice.is_open = False
+        choice.finish_reason = reason
         self._num_open -= 1
         e2e_s = time.monotonic() - choice.request.arrival_s
         self._metrics.observe_finish(reason, num_tokens=choice.num_tokens, ttft_s=choice.ttft_s, e2e_s=e2e_s)

@@ -1,15 +1,12 @@
-"""Plain ASGI middleware: request ids, timing and metrics; API keys; body size."""
+"""Plain ASGI middleware: request ids, timing, metrics and the access log; body size."""
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable, Iterable, MutableMapping
-from typing import Any
+from collections.abc import Awaitable
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -17,33 +14,24 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medusa_core.errors import MedusaError
 from server.errors import (
     CLIENT_CLOSED_REQUEST,
-    REFUSAL,
-    InvalidAPIKeyError,
     RequestTooLargeError,
     error_response,
     internal_error_response,
+    refusal_codes,
 )
+from server.request_info import RequestInfo
 from server.serving import Serving
 
 logger = logging.getLogger(__name__)
 access_logger = logging.getLogger("server.access")
 
-ARRIVAL = "medusa.arrival_s"
 # Accepted from clients; anything else is replaced, so that ids are safe in headers and logs.
 _REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 # Asked every few seconds by machines; logged at debug level so that the log shows people's requests.
 _POLLED_ROUTES = frozenset({"/health", "/ready", "/metrics"})
-# the second begins /tokenizer_info too
-GUARDED_PATHS = ("/v1", "/tokenize", "/detokenize")
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 # A client that is still sending cannot read an answer, so a body that is refused is read to its end; up to this many bytes.
 MAX_DISCARDED_BYTES = 64 * 1024 * 1024
-
-
-def arrival_s(scope: MutableMapping[str, Any]) -> float:
-    """`time.monotonic()` when the request arrived."""
-    arrival: float = scope[ARRIVAL]
-    return arrival
 
 
 class ObservabilityMiddleware:
@@ -52,13 +40,15 @@ class ObservabilityMiddleware:
     def __init__(self, app: ASGIApp, serving: Serving) -> None:
         self._app = app
         self._serving = serving
+        self._refusals = frozenset(refusal_codes())
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        start = scope[ARRIVAL] = time.monotonic()
+        start = time.monotonic()
         request_id = _request_id(scope)
+        info = RequestInfo(request_id, start).attach(scope)
         status = 0
 
         # Not async itself, which would be one more coroutine for each frame of a stream.
@@ -69,6 +59,8 @@ class ObservabilityMiddleware:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 headers["openai-processing-ms"] = str(round((time.monotonic() - start) * 1000))
+                headers["x-content-type-options"] = "nosniff"
+                headers.update(info.headers)
             return send(message)
 
         self._serving.num_active += 1
@@ -83,50 +75,21 @@ class ObservabilityMiddleware:
         finally:
             self._serving.num_active -= 1
             # Nothing was sent: the client, or the server's patience at the end of a drain, has gone.
-            self._observe(scope, request_id, status or CLIENT_CLOSED_REQUEST, time.monotonic() - start)
+            self._observe(scope, info, status or CLIENT_CLOSED_REQUEST, time.monotonic() - start)
 
-    def _observe(self, scope: Scope, request_id: str, status: int, duration_s: float) -> None:
+    def _observe(self, scope: Scope, info: RequestInfo, status: int, duration_s: float) -> None:
         # Unknown paths and methods share a label: clients must not be able to create time series.
         route = getattr(scope.get("route"), "path", "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
-        self._serving.http_metrics.observe(
-            method=method, route=route, status=status, duration_s=duration_s, refusal=scope.get(REFUSAL)
-        )
+        refusal = info.error_code if info.error_code in self._refusals else None
+        self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s, refusal=refusal)
         level = logging.DEBUG if route in _POLLED_ROUTES else logging.INFO
-        access_logger.log(level, "%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, request_id)
+        access_logger.log(level, "%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, info.request_id)
 
 
 def _request_id(scope: Scope) -> str:
     given = Headers(scope=scope).get("x-request-id", "")
     return given if _REQUEST_ID.fullmatch(given) else f"req_{uuid.uuid4().hex}"
-
-
-class APIKeyMiddleware:
-    """Guards `/v1` and what tells or uses the tokenizer: health checks and metrics stay open to the machines that poll them."""
-
-    def __init__(self, app: ASGIApp, keys: Iterable[str]) -> None:
-        self._app = app
-        # Digests have one length, so a comparison tells nothing about the length of a key.
-        self._digests = [_digest(key.encode()) for key in keys]
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"].startswith(GUARDED_PATHS) and not self._is_allowed(Headers(scope=scope)):
-            error = InvalidAPIKeyError("The API key is missing or wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
-            await error_response(error)(scope, receive, send)
-            return
-        await self._app(scope, receive, send)
-
-    def _is_allowed(self, headers: Headers) -> bool:
-        scheme, _, key = headers.get("authorization", "").partition(" ")
-        # Headers are decoded as Latin-1; the bytes behind them are the key's own.
-        given = _digest(key.strip().encode("latin-1"))
-        # All keys are compared, so that the time does not tell which one matched.
-        matches = [hmac.compare_digest(given, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(matches)
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 class BodyLimitMiddleware:

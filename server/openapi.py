@@ -16,8 +16,8 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 
 from medusa_core.errors import CapacityError, EngineError, MedusaError, RequestError
+from server.auth import is_guarded
 from server.errors import ANSWERS, answer_for
-from server.middleware import GUARDED_PATHS
 from server.protocol.chat import ChatBody, ChatChunk, ChatCompletion
 from server.protocol.common import Body
 from server.protocol.completions import Completion, CompletionBody
@@ -75,7 +75,7 @@ _HEADERS: Schema = {
     "retry-after": {"description": "Seconds after which to try again.", "schema": _NUMBER},
     "www-authenticate": {"schema": {"const": "Bearer"}},
 }
-_HEADERS_OF_STATUS = {503: ("retry-after",), 401: ("www-authenticate",)}
+_HEADERS_OF_STATUS = {503: ("retry-after",), 429: ("retry-after",), 401: ("www-authenticate",)}
 _STREAM = "With `stream: true`, an event for each piece of it."
 # The first version that can describe events of a stream.
 _OPENAPI_VERSION = "3.2.0"
@@ -87,22 +87,25 @@ def complete(document: Schema, settings: ServerSettings) -> None:
     schemas = {**answer_schemas(), **body_schemas(allow_unknown=settings.allow_unknown_fields)}
     responses = {str(status): _error(status) for status in sorted({answer.status for answer in ANSWERS.values()})}
     document["components"] = {"schemas": schemas, "responses": responses, "headers": _HEADERS}
-    if settings.api_key:
-        scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys of --api-key."}
+    has_keys = bool(settings.api_key or settings.api_key_file)
+    if has_keys:
+        scheme = {"type": "http", "scheme": "bearer", "description": "One of the keys that the server was started with."}
         document["components"]["securitySchemes"] = {_API_KEY: scheme}
     for path, methods in document["paths"].items():
         for route in methods.values():
-            _describe(route, OPERATIONS[path], is_guarded=bool(settings.api_key) and path.startswith(GUARDED_PATHS))
+            _describe(route, OPERATIONS[path], needs_key=has_keys and is_guarded(path))
 
 
-def _describe(route: Schema, operation: Operation, *, is_guarded: bool) -> None:
+def _describe(route: Schema, operation: Operation, *, needs_key: bool) -> None:
     statuses = {500, *operation.errors}
     if operation.body is not None:
         route["requestBody"] = {"required": True, "content": _json(_reference(operation.body))}
         statuses.update(_ERRORS_OF_BODIES)
-    if is_guarded:
+    if needs_key:
         route["security"] = [{_API_KEY: []}]
         statuses.add(401)
+        if operation.body is not None:
+            statuses.add(429)
     # FastAPI's own promise, 422, is none of ours.
     route["responses"] = {"200": _answer(operation)} | {
         str(status): {"$ref": f"#/components/responses/{status}"} for status in sorted(statuses)

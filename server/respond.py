@@ -18,12 +18,12 @@ from server.convert import Job, chat_job, completion_job, new_output
 from server.disconnect import ClientGoneError, unless_gone
 from server.errors import CLIENT_CLOSED_REQUEST, json_response
 from server.generation import ChoiceUpdate, Generation, Updates
-from server.middleware import arrival_s
 from server.protocol.chat import ChatBody
 from server.protocol.common import Body, GenerationBody, encode
 from server.protocol.completions import CompletionBody
 from server.protocol.responses import ResponsesBody
 from server.replies import ChatReply, CompletionReply, FinishedChoice, Reply
+from server.request_info import request_info
 from server.responses import ResponseReply, as_chat, response_job
 from server.serving import ServedModel, Serving
 from server.streaming.sse import TokenStream, frames
@@ -71,7 +71,8 @@ async def _respond(
     model.check_name(body.model)
     # Clients choose x-request-id and may repeat it; the engine needs an id that no live request has.
     unique_id = uuid.uuid4().hex
-    make = partial(make_job, body, model, request_id=unique_id, arrival_s=arrival_s(request.scope))
+    info = request_info(request.scope)
+    make = partial(make_job, body, model, request_id=unique_id, arrival_s=info.arrival_s)
     job = await asyncio.get_running_loop().run_in_executor(serving.text_threads, make)
     generation = Generation(
         serving.client,
@@ -81,6 +82,7 @@ async def _respond(
         max_depth=model.info.max_depth,
         has_token_ids=bool(body.return_token_ids) or body.num_logprobs is not None,
     )
+    info.body, info.generation, info.reply_id = body, generation, unique_id
     reply = make_reply(unique_id, generation.prompts)
     try:
         if body.stream:

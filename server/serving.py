@@ -17,6 +17,7 @@ from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor
 from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
+from server.limits import InMemoryLimiter, RateLimiter
 from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info
 from server.settings import ServerSettings
 
@@ -63,8 +64,10 @@ class Serving:
     is_draining: bool = False
     # HTTP requests being answered now; the drain waits for 0
     num_active: int = 0
+    limiter: RateLimiter = field(default_factory=InMemoryLimiter)
 
     def __post_init__(self) -> None:
+        self.keyring = self.settings.keyring()
         self.http_metrics = HttpMetrics(self.registry)
         register_build_info(self.engine_registry)
         # Long prompts stall neither running streams nor, up to this many of them, the prompts that come after.

@@ -23,6 +23,8 @@ from medusa_core.config import (
     SpeculationConfig,
 )
 from medusa_core.errors import ConfigError
+from server.keys import Keyring, hashed
+from server.limits import KeyLimits
 
 PROGRAM = "medusa-server"
 
@@ -40,6 +42,18 @@ def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 Names = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_split), AfterValidator(_check_names)]
+
+
+def _hash_keys(entries: tuple[str, ...]) -> tuple[str, ...]:
+    """Plain keys do not outlive the reading of the options."""
+    try:
+        return tuple(hashed(entry) for entry in entries)
+    except ValueError as error:
+        raise PydanticCustomError("invalid_key", "{message}", {"message": str(error)}) from error
+
+
+Keys = Annotated[Names, AfterValidator(_hash_keys)]
+PerKey = Annotated[int | None, Field(ge=1)]
 
 
 class ServerSettings(BaseSettings):
@@ -66,7 +80,16 @@ class ServerSettings(BaseSettings):
         "auto", description="format in which the model writes tool calls; auto looks at the chat template"
     )
 
-    api_key: Names = Field((), description="key that requests to /v1 must carry as a bearer token; may be repeated")
+    api_key: Keys = Field(
+        (),
+        description="key that clients must send as a bearer token, as KEY or sha256:DIGEST, or NAME= and either; may be repeated",
+    )
+    api_key_file: str | None = Field(
+        None, description="TOML file with a table of key and limits per name; read again when it changes"
+    )
+    key_requests_per_minute: PerKey = Field(None, description="most requests per key and minute; more are answered with 429")
+    key_tokens_per_minute: PerKey = Field(None, description="most tokens of prompts and completions per key and minute")
+    key_parallel_requests: PerKey = Field(None, description="most requests of a key at once")
     cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")
     max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
     allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
@@ -95,6 +118,15 @@ class ServerSettings(BaseSettings):
         False, description="draft by heads alone, not from the text of prompt and output; the output is the same"
     )
     no_speculation: bool = Field(False, description="decode one token per step; the output is the same")
+
+    def keyring(self) -> Keyring:
+        """The keys that clients may use, and their limits. Raises ConfigError."""
+        limits = KeyLimits(
+            requests_per_minute=self.key_requests_per_minute,
+            tokens_per_minute=self.key_tokens_per_minute,
+            parallel_requests=self.key_parallel_requests,
+        )
+        return Keyring(self.api_key, self.api_key_file, limits=limits)
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of the options. Raises ConfigError."""

@@ -1,0 +1,88 @@
+"""Who may use the server, and how much: API keys and their limits, as plain ASGI middleware."""
+
+from __future__ import annotations
+
+from collections.abc import MutableMapping
+from typing import Any
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from server.errors import InvalidAPIKeyError, RateLimitError, error_response
+from server.keys import ApiKey, Keyring
+from server.limits import Allowance, RateLimiter, rate_limit_headers
+from server.request_info import request_info
+
+# For the machines that poll them, and the API's description. Everything else needs a key, where there are keys.
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
+
+
+def is_guarded(path: str) -> bool:
+    """Whether a route needs a key."""
+    return path not in OPEN_PATHS
+
+
+class APIKeyMiddleware:
+    """Refuses requests without an accepted key, and those beyond the key's limits.
+
+    Limits count requests with a body: those that cost something.
+    """
+
+    def __init__(self, app: ASGIApp, keyring: Keyring, limiter: RateLimiter) -> None:
+        self._app = app
+        self._keyring = keyring
+        self._limiter = limiter
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or not is_guarded(_route_path(scope)):
+            await self._app(scope, receive, send)
+            return
+        key = self._keyring.find(_given_key(Headers(scope=scope)))
+        if key is None:
+            error = InvalidAPIKeyError("The API key is missing or wrong.", hint="Send it as 'Authorization: Bearer KEY'.")
+            await error_response(error)(scope, receive, send)
+            return
+        request_info(scope).key_name = key.name
+        if scope["method"] != "POST" or key.limits.is_unlimited:
+            await self._app(scope, receive, send)
+            return
+        await self._run_limited(key, scope, receive, send)
+
+    async def _run_limited(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
+        info = request_info(scope)
+        allowance = await self._limiter.acquire(key.name, key.limits)
+        info.headers |= rate_limit_headers(key.limits, allowance)
+        if allowance.refused_for is not None:
+            await error_response(_rate_limit_error(key, allowance))(scope, receive, send)
+            return
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._limiter.settle(key.name, key.limits, num_tokens=info.num_charged_tokens)
+
+
+def _route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path as routes know it: below the prefix under which the app is mounted, as behind Ray Serve."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path
+
+
+def _given_key(headers: Headers) -> bytes:
+    """Empty, which is no key, if there is none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    # Headers are decoded as Latin-1; the bytes behind them are the key's own.
+    return key.strip().encode("latin-1") if scheme.lower() == "bearer" else b""
+
+
+def _rate_limit_error(key: ApiKey, allowance: Allowance) -> RateLimitError:
+    limits = key.limits
+    reached = {
+        "requests": f"{limits.requests_per_minute} requests per minute",
+        "tokens": f"{limits.tokens_per_minute} tokens per minute",
+        "parallel": f"{limits.parallel_requests} requests at once",
+        None: "",
+    }[allowance.refused_for]
+    return RateLimitError(
+        f"The limit of this API key is reached: {reached}.", hint="Wait as long as retry-after says, then try again."
+    )
