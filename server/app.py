@@ -56,7 +56,8 @@ def create_app(
         app.include_router(module.router)
     _add_error_handlers(app)
     # FastAPI caches the document that this completes.
-    openapi.complete(app.openapi(), settings)
+    document = app.openapi()
+    openapi.complete(document, settings)
     # The last one added is the outermost.
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
     if serving.keyring.is_used:
@@ -69,7 +70,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *RATE_LIMIT_HEADERS],
         )
-    app.add_middleware(ObservabilityMiddleware, serving=serving)
+    app.add_middleware(ObservabilityMiddleware, serving=serving, paths=document["paths"])
     return app
 
 

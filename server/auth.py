@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import MutableMapping
-from typing import Any
-
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.errors import InvalidAPIKeyError, RateLimitError, error_response
 from server.keys import ApiKey, Keyring
 from server.limits import Allowance, RateLimiter, rate_limit_headers
-from server.request_info import request_info
+from server.request_info import request_info, route_path
 
 # For the machines that poll them, and the API's description. Everything else needs a key, where there are keys.
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc"})
@@ -34,7 +31,7 @@ class APIKeyMiddleware:
         self._limiter = limiter
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http" or not is_guarded(_route_path(scope)):
+        if scope["type"] != "http" or not is_guarded(route_path(scope)):
             await self._app(scope, receive, send)
             return
         key = self._keyring.find(_given_key(Headers(scope=scope)))
@@ -59,13 +56,6 @@ class APIKeyMiddleware:
             await self._app(scope, receive, send)
         finally:
             self._limiter.settle(key.name, key.limits, num_tokens=info.num_charged_tokens)
-
-
-def _route_path(scope: MutableMapping[str, Any]) -> str:
-    """The path as routes know it: below the prefix under which the app is mounted, as behind Ray Serve."""
-    path: str = scope["path"]
-    root: str = scope.get("root_path", "")
-    return path.removeprefix(root) if path.startswith(f"{root}/") else path
 
 
 def _given_key(headers: Headers) -> bytes:

@@ -112,6 +112,8 @@ class Generation:
         self._stopped: list[_Choice] = []
         # what the engine ended the request with before it was complete
         self._failure: MedusaError | None = None
+        # of what a stream ended with, whose status had been sent
+        self.error_code: str | None = None
 
     @property
     def prompts(self) -> list[list[int]]:

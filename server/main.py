@@ -15,6 +15,7 @@ from types import FrameType
 import uvicorn
 
 from medusa_core.engine.client import EngineClient
+from medusa_core.engine.logs import adopt_library_logs, configure_logging
 from medusa_core.engine.worker_client import WorkerClient
 from medusa_core.errors import ConfigError, MedusaError
 from medusa_core.outputs import EngineInfo
@@ -45,7 +46,7 @@ def run(arguments: list[str]) -> int:
     try:
         settings = load_settings(arguments)
         config = settings.engine_config()
-        client = WorkerClient(config, log_level=settings.log_level.upper())
+        client = WorkerClient(config, log_level=settings.log_level.upper(), log_format=settings.log_format)
         return serve(client, text_loader(settings), settings)
     except MedusaError as error:
         print_error(error)
@@ -65,7 +66,7 @@ def text_loader(settings: ServerSettings) -> TextLoader:
 
 def serve(client: EngineClient, load_text: TextLoader, settings: ServerSettings) -> int:
     """Serve until a signal comes, then drain. Returns the exit code; raises MedusaError when the first load fails."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(settings.log_level.upper(), settings.log_format)
     with listen(settings) as listener:
         # Meanwhile the engine's process loads the model. What goes wrong here is told when the text is loaded.
         threading.Thread(target=_import_tokenizers, name="import-tokenizers", daemon=True).start()
@@ -108,6 +109,7 @@ async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSe
 def _import_tokenizers() -> None:
     with contextlib.suppress(ImportError):
         import_tokenizers()
+        adopt_library_logs()
 
 
 def listen(settings: ServerSettings) -> socket.socket:

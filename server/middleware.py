@@ -6,20 +6,22 @@ import logging
 import re
 import time
 import uuid
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Collection
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
+from server.access_log import access_entry
 from server.errors import (
     CLIENT_CLOSED_REQUEST,
+    INTERNAL_ERROR,
     RequestTooLargeError,
     error_response,
     internal_error_response,
     refusal_codes,
 )
-from server.request_info import RequestInfo
+from server.request_info import RequestInfo, route_path
 from server.serving import Serving
 
 logger = logging.getLogger(__name__)
@@ -37,10 +39,13 @@ MAX_DISCARDED_BYTES = 64 * 1024 * 1024
 class ObservabilityMiddleware:
     """Outermost: gives every answer its id and processing time, counts and logs it, and answers what nobody caught."""
 
-    def __init__(self, app: ASGIApp, serving: Serving) -> None:
+    def __init__(self, app: ASGIApp, serving: Serving, paths: Collection[str]) -> None:
+        """paths: of the app's routes, which a request that is refused before it gets to them may name."""
         self._app = app
+        self._paths = frozenset(paths)
         self._serving = serving
         self._refusals = frozenset(refusal_codes())
+        self._has_access_log = not serving.settings.no_access_log
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -70,21 +75,25 @@ class ObservabilityMiddleware:
         except Exception:
             logger.exception("Request %s failed.", request_id)
             if status:
+                info.error_code = INTERNAL_ERROR.code
                 raise
             await internal_error_response()(scope, receive, send_with_headers)
         finally:
             self._serving.num_active -= 1
             # Nothing was sent: the client, or the server's patience at the end of a drain, has gone.
-            self._observe(scope, info, status or CLIENT_CLOSED_REQUEST, time.monotonic() - start)
+            self._observe(scope, info, status or CLIENT_CLOSED_REQUEST)
 
-    def _observe(self, scope: Scope, info: RequestInfo, status: int, duration_s: float) -> None:
+    def _observe(self, scope: Scope, info: RequestInfo, status: int) -> None:
         # Unknown paths and methods share a label: clients must not be able to create time series.
-        route = getattr(scope.get("route"), "path", "unmatched")
+        path = route_path(scope)
+        route = getattr(scope.get("route"), "path", path if path in self._paths else "unmatched")
         method = scope["method"] if scope["method"] in _METHODS else "OTHER"
+        duration_s = time.monotonic() - info.arrival_s
         refusal = info.error_code if info.error_code in self._refusals else None
         self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s, refusal=refusal)
         level = logging.DEBUG if route in _POLLED_ROUTES else logging.INFO
-        access_logger.log(level, "%s %s %d %.1f ms %s", method, route, status, duration_s * 1000, info.request_id)
+        if self._has_access_log and access_logger.isEnabledFor(level):
+            access_logger.log(level, access_entry(info, method=method, route=route, status=status, duration_s=duration_s))
 
 
 def _request_id(scope: Scope) -> str:

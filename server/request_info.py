@@ -17,7 +17,7 @@ _SCOPE_KEY = "medusa.request"
 class RequestInfo:
     """Lives in the ASGI scope. arrival_s: `time.monotonic()`. key_name: whose API key it came with. error_code: of the error it was
     answered with. headers: for its answer, whatever that will be. body, generation: of a request that reached the engine's client,
-    and the id that its answer carries."""
+    and the id that its answer carries. trace_id: of its span, if it has one."""
 
     request_id: str
     arrival_s: float
@@ -27,6 +27,7 @@ class RequestInfo:
     body: GenerationBody | None = None
     generation: Generation | None = None
     reply_id: str | None = None
+    trace_id: str | None = None
 
     def attach(self, scope: MutableMapping[str, Any]) -> RequestInfo:
         scope[_SCOPE_KEY] = self
@@ -49,3 +50,10 @@ def note_error(scope: MutableMapping[str, Any], code: str | None) -> None:
     info: RequestInfo | None = scope.get(_SCOPE_KEY)
     if info is not None:
         info.error_code = code
+
+
+def route_path(scope: MutableMapping[str, Any]) -> str:
+    """The path as routes know it: below the prefix under which the app is mounted, as behind Ray Serve."""
+    path: str = scope["path"]
+    root: str = scope.get("root_path", "")
+    return path.removeprefix(root) if path.startswith(f"{root}/") else path

@@ -22,6 +22,7 @@ from medusa_core.config import (
     SchedulerConfig,
     SpeculationConfig,
 )
+from medusa_core.engine.logs import LogFormat
 from medusa_core.errors import ConfigError
 from server.keys import Keyring, hashed
 from server.limits import KeyLimits
@@ -97,6 +98,8 @@ class ServerSettings(BaseSettings):
     no_vllm_metrics: bool = Field(False, description="leave out of /metrics what repeats ours under vLLM's names")
     sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
+    log_format: LogFormat = Field("text", description="lines for people, or a JSON object per line; of both processes")
+    no_access_log: bool = Field(False, description="do not log a line per request")
 
     max_num_seqs: int = Field(256, description="choices that run at once")
     max_queued_requests: int = Field(1024, description="choices that may wait; more are answered with 503")

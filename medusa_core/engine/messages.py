@@ -17,6 +17,7 @@ import msgspec
 
 from medusa_core import errors
 from medusa_core.config import EngineConfig
+from medusa_core.engine.logs import LogFormat
 from medusa_core.errors import EngineError, MedusaError, RequestError
 from medusa_core.outputs import EngineInfo, EngineStats, TokenDelta
 from medusa_core.request import EngineRequest
@@ -91,9 +92,10 @@ Event: TypeAlias = Outputs | Rejected | Failed
 class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     """All a worker process needs to start.
 
-    build: "module:function" called as function(config, progress=True) -> EngineCore.
+    build: "module:function" called as function(config, progress=bool) -> EngineCore.
     folder: private to this worker and holds its socket; the worker removes it if its parent dies first.
-    log_level: name of a level of the logging module. num_starts: as outputs.EngineStats.
+    log_level: name of a level of the logging module. log_format: JSON comes without progress bars. num_starts: as
+    outputs.EngineStats.
     """
 
     config: EngineConfig
@@ -101,6 +103,7 @@ class WorkerSpec(msgspec.Struct, frozen=True, kw_only=True):
     folder: str
     log_level: str
     num_starts: int = 1
+    log_format: LogFormat = "text"
 
     @property
     def address(self) -> str:

@@ -17,6 +17,7 @@ import msgspec
 
 from medusa_core.config import EngineConfig
 from medusa_core.engine.environment import ENGINE_ENVIRONMENT
+from medusa_core.engine.logs import LogFormat
 from medusa_core.engine.messages import Ready, StartFailed, StartOutcome, WorkerSpec
 from medusa_core.errors import EngineError, MedusaError
 
@@ -40,10 +41,14 @@ class WorkerProcess:
         self._spec = spec
 
     @classmethod
-    async def spawn(cls, config: EngineConfig, *, build: str, log_level: str, num_starts: int = 1) -> WorkerProcess:
+    async def spawn(
+        cls, config: EngineConfig, *, build: str, log_level: str, log_format: LogFormat = "text", num_starts: int = 1
+    ) -> WorkerProcess:
         """Start the process; `ready` tells when it can be used. num_starts: how often there has been one, this one included."""
         folder = tempfile.mkdtemp(prefix="medusa-")  # mode 0700: only this user can reach the socket in it
-        spec = WorkerSpec(config=config, build=build, folder=folder, log_level=log_level, num_starts=num_starts)
+        spec = WorkerSpec(
+            config=config, build=build, folder=folder, log_level=log_level, log_format=log_format, num_starts=num_starts
+        )
         try:
             command = (sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path)
             environment = ENGINE_ENVIRONMENT | os.environ
@@ -114,6 +119,7 @@ class Supervisor:
         *,
         build: str,
         log_level: str,
+        log_format: LogFormat = "text",
         on_up: Callable[[WorkerProcess, Ready], None],
         on_down: Callable[[int], None],
         restart_delays_s: Sequence[float] = DEFAULT_RESTART_DELAYS_S,
@@ -121,6 +127,7 @@ class Supervisor:
         self._config = config
         self._build = build
         self._log_level = log_level
+        self._log_format = log_format
         self._on_up = on_up
         self._on_down = on_down
         self._restart_delays_s = restart_delays_s
@@ -147,7 +154,13 @@ class Supervisor:
 
     async def _launch(self) -> WorkerProcess:
         self._num_starts += 1
-        worker = await WorkerProcess.spawn(self._config, build=self._build, log_level=self._log_level, num_starts=self._num_starts)
+        worker = await WorkerProcess.spawn(
+            self._config,
+            build=self._build,
+            log_level=self._log_level,
+            log_format=self._log_format,
+            num_starts=self._num_starts,
+        )
         try:
             ready = await worker.ready()
         except BaseException:

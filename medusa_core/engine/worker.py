@@ -23,6 +23,7 @@ import msgspec
 import zmq
 
 from medusa_core.engine.core import EngineCore
+from medusa_core.engine.logs import adopt_library_logs, configure_logging
 from medusa_core.engine.loop import EngineLoop, FrontEndLostError
 from medusa_core.engine.messages import (
     Command,
@@ -118,7 +119,7 @@ def main() -> NoReturn:
     spec_pipe, outcome_pipe = _take_pipes()
     spec = msgspec.json.decode(spec_pipe.readline(), type=WorkerSpec)
     threading.Thread(target=_exit_with_parent, args=(spec_pipe, spec.folder), name="parent-watch", daemon=True).start()
-    logging.basicConfig(level=spec.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    configure_logging(spec.log_level, spec.log_format)
     exit_code = 1
     try:
         exit_code = _serve(spec, outcome_pipe)
@@ -133,7 +134,10 @@ def _serve(spec: WorkerSpec, outcome_pipe: BinaryIO) -> int:
     """Load, report, run. Returns the exit code."""
     with RouterTransport(spec.address) as transport:
         try:
-            core = _import_build(spec.build)(spec.config, progress=True)
+            build = _import_build(spec.build)
+            adopt_library_logs()
+            # Progress bars are for people.
+            core = build(spec.config, progress=spec.log_format == "text")
         except MedusaError as error:
             logger.error("the engine did not start: %s", error)
             _report(outcome_pipe, StartFailed(WireError.of(error)))

@@ -11,6 +11,7 @@ import msgspec
 import zmq
 
 from medusa_core.config import EngineConfig
+from medusa_core.engine.logs import LogFormat
 from medusa_core.engine.messages import Command, Event, Ready
 from medusa_core.engine.streams import Streams
 from medusa_core.engine.supervisor import DEFAULT_RESTART_DELAYS_S, Supervisor, WorkerProcess, describe_exit
@@ -73,8 +74,8 @@ class _Connection:
 class WorkerClient:
     """An EngineClient over a worker process that it starts, restarts and ends.
 
-    build: "module:function" that makes the core in the worker, called as function(config, progress=True).
-    log_level: the worker's; it logs to this process's stderr.
+    build: "module:function" that makes the core in the worker, called as function(config, progress=bool).
+    log_level, log_format: the worker's; it logs to this process's stderr.
     restart_delays_s: seconds before each restart; the last one repeats for ever.
     """
 
@@ -84,6 +85,7 @@ class WorkerClient:
         *,
         build: str = DEFAULT_BUILD,
         log_level: str = "INFO",
+        log_format: LogFormat = "text",
         restart_delays_s: Sequence[float] = DEFAULT_RESTART_DELAYS_S,
     ) -> None:
         self._streams = Streams()
@@ -94,6 +96,7 @@ class WorkerClient:
             config,
             build=build,
             log_level=log_level,
+            log_format=log_format,
             on_up=self._on_up,
             on_down=self._on_down,
             restart_delays_s=restart_delays_s,

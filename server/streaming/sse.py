@@ -57,10 +57,12 @@ async def frames(reply: Reply, generation: Generation, first: list[ChoiceUpdate]
         if reply.has_usage_chunk:
             piece += _join([reply.usage_chunk(generation.usage, generation.request_metrics)])
     except MedusaError as error:
+        generation.error_code = error.code
         piece += _join(reply.failure(error_object(error)))
     # The last handler of a stream: nothing outside it could still tell the client.
     except Exception:
         logger.exception("A stream failed.")
+        generation.error_code = INTERNAL_ERROR.code
         piece += _join(reply.failure(INTERNAL_ERROR))
     yield piece + reply.end, True
 
