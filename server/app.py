@@ -24,6 +24,7 @@ from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
 from server.routes import chat, completions, health, metrics, models, responses, tokenization
 from server.serving import Serving, TextLoader
 from server.settings import ServerSettings
+from server.tracing import otlp_tracer
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,8 @@ def create_app(
     load_text: makes the text processor of a loaded engine, whose tokenizer is known only then.
     on_load_end: called with the finished task of the first load, whose exception tells why it failed.
     """
-    serving = Serving(client, load_text, settings)
+    tracer = None if settings.otlp_traces_endpoint is None else otlp_tracer(settings.otlp_traces_endpoint)
+    serving = Serving(client, load_text, settings, tracer=tracer)
     app = FastAPI(
         title="medusa-server",
         version=__version__,

@@ -57,8 +57,11 @@ DONE = b"data: [DONE]\n\n"
 
 
 class Reply(Protocol):
-    """How one endpoint words its answers. Each returned object is one JSON body or one frame. end: what a stream ends with, behind
-    all frames. has_usage_chunk: whether it tells usage before that."""
+    """How one endpoint words its answers. Each returned object is one JSON body or one frame. id: of the answer, which all of them
+    carry. end: what a stream ends with, behind all frames. has_usage_chunk: whether it tells usage before that."""
+
+    @property
+    def id(self) -> str: ...
 
     @property
     def end(self) -> bytes: ...
@@ -100,7 +103,7 @@ class CompletionReply(_DoneReply):
 
     def __init__(self, body: CompletionBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
         super().__init__(body)
-        self._id = f"cmpl-{reply_id}"
+        self.id = f"cmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())
         self._no_usage: OptionalUsage = None if body.is_usage_streamed else msgspec.UNSET
@@ -157,7 +160,7 @@ class CompletionReply(_DoneReply):
     def _object(
         self, choices: list[CompletionChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET
     ) -> Completion:
-        return Completion(id=self._id, created=self._created, model=self._model, choices=choices, usage=usage, metrics=metrics)
+        return Completion(id=self.id, created=self._created, model=self._model, choices=choices, usage=usage, metrics=metrics)
 
 
 class ChatReply(_DoneReply):
@@ -168,7 +171,7 @@ class ChatReply(_DoneReply):
 
     def __init__(self, body: ChatBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
         super().__init__(body)
-        self._id = f"chatcmpl-{reply_id}"
+        self.id = f"chatcmpl-{reply_id}"
         self._model = body.model
         self._created = int(time.time())
         self._no_usage: OptionalUsage = None if body.is_usage_streamed else msgspec.UNSET
@@ -214,7 +217,7 @@ class ChatReply(_DoneReply):
             for update in (choice.as_update(index) for index, choice in enumerate(choices))
         ]
         return ChatCompletion(
-            id=self._id,
+            id=self.id,
             created=self._created,
             model=self._model,
             choices=answers,
@@ -229,7 +232,7 @@ class ChatReply(_DoneReply):
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: OptionalUsage, metrics: OptionalMetrics = msgspec.UNSET) -> ChatChunk:
         return ChatChunk(
-            id=self._id,
+            id=self.id,
             created=self._created,
             model=self._model,
             choices=choices,

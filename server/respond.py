@@ -82,8 +82,8 @@ async def _respond(
         max_depth=model.info.max_depth,
         has_token_ids=bool(body.return_token_ids) or body.num_logprobs is not None,
     )
-    info.body, info.generation, info.reply_id = body, generation, unique_id
     reply = make_reply(unique_id, generation.prompts)
+    info.body, info.generation, info.reply_id = body, generation, reply.id
     try:
         if body.stream:
             return await _stream(request, serving, generation, reply)

@@ -146,7 +146,8 @@ class ResponseReply:
     has_usage_chunk = True
 
     def __init__(self, body: ResponsesBody, reply_id: str, prompts: list[list[int]], text: TextProcessor) -> None:
-        self._id = reply_id
+        self.id = f"resp_{reply_id}"
+        self._reply_id = reply_id
         self._has_logprobs = body.has_logprobs
         self._token_bytes: Callable[[int], bytes] = text.token_bytes
         self._number = 0
@@ -155,7 +156,7 @@ class ResponseReply:
         self._message: OutputMessage | None = None
         self._call: OutputCall | None = None
         self._response = ResponseObject(
-            id=f"resp_{reply_id}",
+            id=self.id,
             created_at=int(time.time()),
             status="in_progress",
             instructions=body.instructions,
@@ -216,7 +217,7 @@ class ResponseReply:
 
     def _write_text(self, update: ChoiceUpdate) -> Iterable[StreamEvent]:
         if self._message is None:
-            item = OutputMessage(id=f"msg_{self._id}", status="in_progress", content=[])
+            item = OutputMessage(id=f"msg_{self._reply_id}", status="in_progress", content=[])
             yield self._add(item)
             self._message = item
             item.content = [OutputText("")]

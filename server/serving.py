@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry
 
@@ -20,6 +21,9 @@ from server.errors import ModelNotFoundError
 from server.limits import InMemoryLimiter, RateLimiter
 from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info
 from server.settings import ServerSettings
+
+if TYPE_CHECKING:
+    from server.tracing import RequestTracer
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +69,7 @@ class Serving:
     # HTTP requests being answered now; the drain waits for 0
     num_active: int = 0
     limiter: RateLimiter = field(default_factory=InMemoryLimiter)
+    tracer: RequestTracer | None = None
 
     def __post_init__(self) -> None:
         self.keyring = self.settings.keyring()
@@ -90,6 +95,8 @@ class Serving:
     async def close(self) -> None:
         self.text_threads.shutdown(wait=False, cancel_futures=True)
         await self.client.close()
+        if self.tracer is not None:
+            await self.tracer.close()
 
     @property
     def is_healthy(self) -> bool:

@@ -99,6 +99,9 @@ class ServerSettings(BaseSettings):
     sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
     log_format: LogFormat = Field("text", description="lines for people, or a JSON object per line; of both processes")
+    otlp_traces_endpoint: str | None = Field(
+        None, description="send a trace of each request to this URL, such as http://collector:4318/v1/traces; needs the extra otel"
+    )
     no_access_log: bool = Field(False, description="do not log a line per request")
 
     max_num_seqs: int = Field(256, description="choices that run at once")
