@@ -61,7 +61,7 @@ def create_app(
     document = app.openapi()
     openapi.complete(document, settings)
     # The last one added is the outermost.
-    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes)
+    app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
     if serving.keyring.is_used:
         app.add_middleware(APIKeyMiddleware, keyring=serving.keyring, limiter=serving.limiter)
     if settings.cors_origin:

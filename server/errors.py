@@ -47,6 +47,12 @@ class RequestTooLargeError(RequestError):
     code = "request_too_large"
 
 
+class RequestTimeoutError(RequestError):
+    """The body did not come within --receive-timeout-s."""
+
+    code = "request_timeout"
+
+
 class RateLimitError(RequestError):
     """The API key has used up what it may."""
 
@@ -82,6 +88,7 @@ ANSWERS: dict[type[MedusaError], Answer] = {
     RequestError: Answer(400, _INVALID),
     InvalidAPIKeyError: Answer(401, _INVALID),
     ModelNotFoundError: Answer(404, _INVALID),
+    RequestTimeoutError: Answer(408, _INVALID, is_closing_connection=True),
     RequestTooLargeError: Answer(413, _INVALID),
     # Its retry-after is computed for each.
     RateLimitError: Answer(429, _INVALID),

@@ -21,6 +21,7 @@ from medusa_core.errors import ConfigError, MedusaError
 from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor, import_tokenizers
 from server.app import create_app
+from server.connection import connection_options
 from server.serving import Serving, TextLoader
 from server.settings import PROGRAM, ServerSettings, load_settings
 
@@ -43,13 +44,14 @@ def main() -> None:
 
 def run(arguments: list[str]) -> int:
     """`main` with its arguments and exit code as values."""
+    settings = None
     try:
         settings = load_settings(arguments)
         config = settings.engine_config()
         client = WorkerClient(config, log_level=settings.log_level.upper(), log_format=settings.log_format)
         return serve(client, text_loader(settings), settings)
     except MedusaError as error:
-        print_error(error)
+        print_error(error, settings)
         return EXIT_USAGE
 
 
@@ -90,7 +92,13 @@ async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSe
 
     app = create_app(client, load_text, settings, on_load_end=on_load_end)
     config = uvicorn.Config(
-        app, log_config=None, access_log=False, server_header=False, timeout_graceful_shutdown=CLOSE_TIMEOUT_S, lifespan="on"
+        app,
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        lifespan="on",
+        **connection_options(settings),
     )
     server = DrainingServer(config, app.state.serving)
     host, port = listener.getsockname()[:2]
@@ -162,9 +170,13 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def print_error(error: MedusaError) -> None:
-    """One sentence for the person at the terminal."""
-    sys.stderr.write(f"{PROGRAM}: {error}\n")
+def print_error(error: MedusaError, settings: ServerSettings | None = None) -> None:
+    """One sentence for the person at the terminal, or for the machine that reads the log."""
+    if settings is not None and settings.log_format == "json":
+        configure_logging(settings.log_level.upper(), settings.log_format)
+        logger.critical("%s", error)
+    else:
+        sys.stderr.write(f"{PROGRAM}: {error}\n")
 
 
 if __name__ == "__main__":

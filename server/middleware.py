@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import time
@@ -16,6 +17,7 @@ from server.access_log import access_entry
 from server.errors import (
     CLIENT_CLOSED_REQUEST,
     INTERNAL_ERROR,
+    RequestTimeoutError,
     RequestTooLargeError,
     error_response,
     internal_error_response,
@@ -104,45 +106,63 @@ def _request_id(scope: Scope) -> str:
 
 
 class BodyLimitMiddleware:
-    """Answers 413 to bodies above `max_bytes`, whether or not their length is declared."""
+    """Answers 413 to bodies above `max_bytes`, whether or not their length is declared, and 408 to those that take too long."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
         self._app = app
         self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        body = _BoundedBody(receive, self._max_bytes, self._timeout_s)
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared[:20]) > self._max_bytes:
-            await _discard(receive)
-            await error_response(self._too_large())(scope, receive, send)
+            error = await body.discard()
+            await error_response(error)(scope, receive, send)
             return
-        num_bytes = 0
+        await self._app(scope, body.receive, send)
 
-        async def limited_receive() -> Message:
-            nonlocal num_bytes
-            message = await receive()
-            if message["type"] == "http.request":
-                num_bytes += len(message.get("body", b""))
-                if num_bytes > self._max_bytes:
-                    if message.get("more_body", False):
-                        await _discard(receive)
-                    raise self._too_large()
-            return message
 
-        await self._app(scope, limited_receive, send)
+class _BoundedBody:
+    """Receives a body within limits. Raises RequestTooLargeError and RequestTimeoutError."""
 
-    def _too_large(self) -> MedusaError:
+    def __init__(self, receive: Receive, max_bytes: int, timeout_s: float) -> None:
+        self._receive = receive
+        self._max_bytes = max_bytes
+        self._timeout_s = timeout_s
+        self._deadline_s = asyncio.get_running_loop().time() + timeout_s
+        self._num_bytes = 0
+        self._is_complete = False
+
+    async def receive(self) -> Message:
+        # What comes behind the body is the client's leaving, which may take its time.
+        if self._is_complete:
+            return await self._receive()
+        message = await self._receive_in_time()
+        if self._num_bytes > self._max_bytes:
+            raise await self.discard()
+        return message
+
+    async def discard(self) -> MedusaError:
+        """Receive a body that is too large to its end, as far as that is reasonable. Returns the error to be told."""
+        try:
+            while not self._is_complete and self._num_bytes <= MAX_DISCARDED_BYTES:
+                await self._receive_in_time()
+        except RequestTimeoutError as error:
+            return error
         hint = "Send a shorter request, or start the server with a larger --max-body-bytes."
         return RequestTooLargeError(f"The body is larger than {self._max_bytes} bytes.", hint=hint)
 
-
-async def _discard(receive: Receive) -> None:
-    num_bytes = 0
-    while num_bytes <= MAX_DISCARDED_BYTES:
-        message = await receive()
-        num_bytes += len(message.get("body", b""))
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return
+    async def _receive_in_time(self) -> Message:
+        try:
+            async with asyncio.timeout_at(self._deadline_s):
+                message = await self._receive()
+        except TimeoutError as error:
+            hint = "Send it faster, or start the server with a larger --receive-timeout-s."
+            raise RequestTimeoutError(f"The body had not come after {self._timeout_s:g} seconds.", hint=hint) from error
+        self._num_bytes += len(message.get("body", b""))
+        self._is_complete = message["type"] != "http.request" or not message.get("more_body", False)
+        return message

@@ -93,6 +93,10 @@ class ServerSettings(BaseSettings):
     key_parallel_requests: PerKey = Field(None, description="most requests of a key at once")
     cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")
     max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
+    receive_timeout_s: float = Field(
+        60, gt=0, description="seconds that a client may take to send headers, and as many for the body"
+    )
+    keep_alive_timeout_s: int = Field(5, ge=1, description="seconds that a connection may be idle between requests")
     allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
     drain_timeout_s: float = Field(60, ge=0, description="seconds that running requests may take to end after SIGTERM")
     no_vllm_metrics: bool = Field(False, description="leave out of /metrics what repeats ours under vLLM's names")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 import threading
@@ -43,12 +44,13 @@ def json_formatter() -> logging.Formatter:
 
 
 def configure_logging(level: str, log_format: LogFormat) -> None:
-    """Everything this process logs goes to stderr. Warnings and what ends a thread or the process are logged too."""
+    """Everything this process logs goes to stderr; as JSON, so do warnings, prints, and what ends a thread or the process."""
     handler = logging.StreamHandler()
     handler.setFormatter(json_formatter() if log_format == "json" else TextFormatter())
     logging.basicConfig(level=level, handlers=[handler])
     if log_format == "json":
         logging.captureWarnings(True)
+        sys.stdout = _Printed()
         sys.excepthook = _log_uncaught
         threading.excepthook = _log_uncaught_in_thread
 
@@ -59,6 +61,16 @@ def adopt_library_logs() -> None:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+
+
+class _Printed(io.TextIOBase):
+    """Standard output of a process in which libraries may print: its lines are logged."""
+
+    def write(self, text: str) -> int:
+        for line in text.splitlines():
+            if line.strip():
+                logger.info("%s", line)
+        return len(text)
 
 
 def _log_uncaught(error_class: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -10,6 +10,7 @@ import httpx
 import uvicorn
 
 from server.app import create_app
+from server.connection import connection_options
 from server.main import listen
 from server.settings import ServerSettings
 from tests.server.fakes import FakeClient, FakeText
@@ -21,7 +22,8 @@ def serve_in_thread(client: FakeClient, **options) -> Iterator[str]:
     settings = ServerSettings(port=0, **options)
     app = create_app(client, lambda info: FakeText(), settings)
     with listen(settings) as listener:
-        server = uvicorn.Server(uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1))
+        config = uvicorn.Config(app, lifespan="on", log_config=None, timeout_graceful_shutdown=1, **connection_options(settings))
+        server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
         thread.start()
         try:

@@ -12,6 +12,7 @@ import pytest
 import uvicorn
 
 from server.app import create_app
+from server.connection import connection_options
 from server.settings import ServerSettings
 from tests.server.contract import Contract
 from tests.server.fakes import FakeClient, FakeText
@@ -67,7 +68,8 @@ async def make_server():
         async def make(client=None, *, text=None, **options):
             app = await stack.enter_async_context(_run_app(client or FakeClient(), text=text, **options))
             listener = socket.create_server(("127.0.0.1", 0))
-            config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1)
+            connections = connection_options(app.state.serving.settings)
+            config = uvicorn.Config(app, lifespan="off", log_config=None, timeout_graceful_shutdown=1, **connections)
             server = uvicorn.Server(config)
             server.capture_signals = _no_signals
             task = asyncio.create_task(server.serve(sockets=[listener]))

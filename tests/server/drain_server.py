@@ -18,7 +18,7 @@ def main() -> int:
     try:
         return serve(client, lambda info: FakeText(), settings)
     except MedusaError as error:
-        print_error(error)
+        print_error(error, settings)
         return EXIT_USAGE
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import signal
 import subprocess
 import sys
 
@@ -177,3 +178,24 @@ def test_all_that_a_process_says_is_json():
     assert ["soon" in events[0]["message"], events[1]["message"]] == [True, "of a library"]
     assert ["ZeroDivisionError" in events[2]["exc_info"], "the end" in events[3]["exc_info"]] == [True, True]
     assert len(events) == 4
+
+
+@pytest.mark.parametrize("model", ["fine", "broken"])
+async def test_a_server_process_says_only_json(model):
+    flags = ("--log-format", "json", "--model", model, "--port", "0")
+    command = [sys.executable, "-m", "tests.server.drain_server", "0", *flags]
+    process = await asyncio.create_subprocess_exec(*command, stderr=asyncio.subprocess.PIPE)
+    lines = []
+    while line := await process.stderr.readline():
+        lines.append(json.loads(line))
+        if "Listening on" in lines[-1]["message"] and model == "fine":
+            async with httpx.AsyncClient(base_url=lines[-1]["message"].split()[-1], trust_env=False) as http:
+                while (await http.post("/v1/completions", json=BODY)).status_code != 200:
+                    await asyncio.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+    exit_code = await process.wait()
+    if model == "fine":
+        assert [line["status"] for line in lines if line["logger"] == "server.access"][-1] == 200
+        assert (exit_code, "SIGTERM: draining 0 requests" in [line["message"] for line in lines]) == (0, True)
+    else:
+        assert (exit_code, lines[-1]["level"], lines[-1]["message"]) == (2, "CRITICAL", "The model's file is truncated.")

@@ -1,0 +1,61 @@
+"""Connections that keep the server waiting: uvicorn's protocol with a deadline and a size limit for what comes before a body.
+
+Uvicorn closes connections that are idle between requests, but waits for ever for the first byte of the first one or the rest of
+one that has begun, and keeps as many headers as it is sent. The body's deadline is `BodyLimitMiddleware`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from server.settings import ServerSettings
+
+MAX_HEAD_BYTES = 65_536
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """Closes a connection whose next request's headers take longer than `receive_timeout_s` or more than MAX_HEAD_BYTES."""
+
+    receive_timeout_s: float
+    _deadline: asyncio.TimerHandle | None = None
+    _num_head_bytes = 0
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn itself
+        super().connection_made(transport)
+        self._start_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        # Also for blank lines, which are no request yet but end uvicorn's own patience between two.
+        if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._start_head()
+        super().data_received(data)
+        if self._deadline is not None:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self.transport.abort()
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def _start_head(self) -> None:
+        self._num_head_bytes = 0
+        self._deadline = self.loop.call_later(self.receive_timeout_s, self.transport.abort)
+
+    def _end_head(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+
+def connection_options(settings: ServerSettings) -> dict[str, Any]:
+    """Of `uvicorn.Config`."""
+    protocol = type("Protocol", (BoundedProtocol,), {"receive_timeout_s": settings.receive_timeout_s})
+    return {"http": protocol, "timeout_keep_alive": settings.keep_alive_timeout_s}
