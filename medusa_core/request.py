@@ -17,6 +17,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     request_id: unique among live requests of this caller.
     priority: lower runs first; equal priorities run in order of arrival.
     arrival_s: `time.monotonic()` when the server received it (one clock for all processes of a machine).
+    cache_salt: prompts share the prefix cache only with those of the same salt.
     """
 
     request_id: str
@@ -24,6 +25,7 @@ class EngineRequest(msgspec.Struct, frozen=True, kw_only=True):
     params: SamplingParams
     priority: int = 0
     arrival_s: float = 0.0
+    cache_salt: str = ""
 
 
 class RequestStatus(enum.Enum):
@@ -52,6 +54,7 @@ class Request:
     max_total_tokens: int
     priority: int = 0
     arrival_s: float = 0.0
+    cache_salt: str = ""
     status: RequestStatus = RequestStatus.WAITING
     lane: int | None = None
     # confirmed tokens only, in order

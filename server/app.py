@@ -17,7 +17,7 @@ from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
 from server import openapi
-from server.auth import APIKeyMiddleware
+from server.auth import APIKeyMiddleware, CrossSiteMiddleware
 from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
 from server.limits import RATE_LIMIT_HEADERS
 from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
@@ -64,6 +64,7 @@ def create_app(
     app.add_middleware(BodyLimitMiddleware, max_bytes=settings.max_body_bytes, timeout_s=settings.receive_timeout_s)
     if serving.keyring.is_used:
         app.add_middleware(APIKeyMiddleware, keyring=serving.keyring, limiter=serving.limiter)
+    app.add_middleware(CrossSiteMiddleware, origins=settings.cors_origin)
     if settings.cors_origin:
         app.add_middleware(
             CORSMiddleware,

@@ -1,11 +1,13 @@
-"""Who may use the server, and how much: API keys and their limits, as plain ASGI middleware."""
+"""Who may use the server, and how much: pages, API keys and their limits, as plain ASGI middleware."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from server.errors import InvalidAPIKeyError, RateLimitError, error_response
+from server.errors import CrossSiteError, InvalidAPIKeyError, RateLimitError, error_response
 from server.keys import ApiKey, Keyring
 from server.limits import Allowance, RateLimiter, rate_limit_headers
 from server.request_info import request_info, route_path
@@ -17,6 +19,29 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version", "/openapi.j
 def is_guarded(path: str) -> bool:
     """Whether a route needs a key."""
     return path not in OPEN_PATHS
+
+
+class CrossSiteMiddleware:
+    """Refuses requests that a browser sends for another site's page, unless CORS lets that page in.
+
+    Such a page cannot read the answers of a server on its visitor's machine or network, but could keep it busy: a plain form's
+    request needs nobody's consent.
+    """
+
+    def __init__(self, app: ASGIApp, origins: Collection[str]) -> None:
+        self._app = app
+        self._origins = frozenset(origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["method"] == "POST" and self._is_foreign(Headers(scope=scope)):
+            error = CrossSiteError("This page may not call the server.", hint="Start it with --cors-origin and the page's origin.")
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_foreign(self, headers: Headers) -> bool:
+        is_cross = headers.get("sec-fetch-site") in ("cross-site", "same-site")
+        return is_cross and "*" not in self._origins and headers.get("origin") not in self._origins
 
 
 class APIKeyMiddleware:

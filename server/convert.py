@@ -15,14 +15,14 @@ from medusa_core.request import EngineRequest
 from medusa_core.text import OutputText
 from server.protocol.chat import AssistantMessage, ChatBody, Message
 from server.protocol.common import GenerationBody, Speculative
-from server.protocol.completions import CompletionBody
+from server.protocol.completions import MAX_PROMPTS, CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
 from server.serving import ServedModel
 from server.structured import output_grammar
 from server.tools import chat_grammar, offered_tools, template_tools
 
 # Lanes one HTTP request may ask for: n times its prompts.
-MAX_CHOICES = 128
+MAX_CHOICES = MAX_PROMPTS
 DEFAULT_COMPLETION_TOKENS = 16
 # Of typical acceptance: the default of the reference (FasterDecoding/Medusa, posterior_threshold).
 DEFAULT_EPSILON = 0.09
@@ -40,19 +40,19 @@ class Job:
         return len(self.requests) * self.n
 
 
-def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
+def completion_job(body: CompletionBody, model: ServedModel, *, request_id: str, arrival_s: float, cache_salt: str = "") -> Job:
     """Tokenise the prompts of a completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
     _check_best_of(body)
     prompts = _fill_prompts(body, body.suffix, model) if body.suffix else _completion_prompts(body.prompt, model)
-    return _job(body, prompts, output_grammar(body), model, request_id, arrival_s)
+    return _job(body, prompts, output_grammar(body), model, request_id, arrival_s, cache_salt)
 
 
-def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
+def chat_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float, cache_salt: str = "") -> Job:
     """Render the messages of a chat completion. Raises RequestError; runs on the text thread."""
     _check_common(body)
     prompt = _render(body.messages, body, model, offered_tools(body, model))
-    return _job(body, [prompt], chat_grammar(body, model), model, request_id, arrival_s)
+    return _job(body, [prompt], chat_grammar(body, model), model, request_id, arrival_s, cache_salt)
 
 
 def tokenized(body: TokenizeBody, model: ServedModel) -> Tokenized:
@@ -158,16 +158,9 @@ def _completion_prompts(prompt: Any, model: ServedModel) -> list[list[int]]:
         return [model.text.encode(prompt)]
     if isinstance(prompt[0], int):
         return [_checked_ids(prompt, model.info)]
-    _check_num_prompts(prompt)
     if isinstance(prompt[0], str):
         return [model.text.encode(item) for item in prompt]
     return [_checked_ids(item, model.info) for item in prompt]
-
-
-def _check_num_prompts(prompts: Sequence[Any]) -> None:
-    """Before tokenising. The number of choices is checked again, with n, where they are made."""
-    if len(prompts) > MAX_CHOICES:
-        raise InvalidParameterError(f"At most {MAX_CHOICES} prompts are allowed, got {len(prompts)}.", param="prompt")
 
 
 def _fill_prompts(body: CompletionBody, suffix: str, model: ServedModel) -> list[list[int]]:
@@ -175,13 +168,14 @@ def _fill_prompts(body: CompletionBody, suffix: str, model: ServedModel) -> list
     texts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
     if not isinstance(texts[0], str):
         raise InvalidParameterError("suffix is allowed only with prompts that are texts, not token ids.", param="suffix")
-    _check_num_prompts(texts)
     if body.num_prompt_logprobs is not None:
         raise UnsupportedParameterError("suffix is not supported together with echo and logprobs.", param="suffix")
     return [model.text.encode_fill(text, suffix) for text in texts]
 
 
 def _checked_ids(token_ids: list[int], info: EngineInfo, field: str = "prompt") -> list[int]:
+    if not token_ids or (min(token_ids) >= 0 and max(token_ids) < info.vocab_size):
+        return token_ids
     for position, token_id in enumerate(token_ids):
         if not 0 <= token_id < info.vocab_size:
             raise PromptError(
@@ -202,6 +196,7 @@ def _job(
     model: ServedModel,
     request_id: str,
     arrival_s: float,
+    cache_salt: str,
 ) -> Job:
     n = 1 if body.n is None else body.n
     if len(prompts) * n > MAX_CHOICES:
@@ -215,6 +210,7 @@ def _job(
             params=_sampling_params(body, _max_tokens(body, prompt, model.info), model.info, grammar, prediction),
             priority=body.priority or 0,
             arrival_s=arrival_s,
+            cache_salt=cache_salt,
         )
         for index, prompt in enumerate(prompts)
     ]

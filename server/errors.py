@@ -59,6 +59,12 @@ class RateLimitError(RequestError):
     code = "rate_limit_exceeded"
 
 
+class CrossSiteError(RequestError):
+    """A browser sent it for a page of another site."""
+
+    code = "cross_site_request"
+
+
 class InvalidAPIKeyError(RequestError):
     """The API key is missing or wrong."""
 
@@ -87,6 +93,7 @@ _SERVER = "server_error"
 ANSWERS: dict[type[MedusaError], Answer] = {
     RequestError: Answer(400, _INVALID),
     InvalidAPIKeyError: Answer(401, _INVALID),
+    CrossSiteError: Answer(403, _INVALID),
     ModelNotFoundError: Answer(404, _INVALID),
     RequestTimeoutError: Answer(408, _INVALID, is_closing_connection=True),
     RequestTooLargeError: Answer(413, _INVALID),

@@ -66,7 +66,7 @@ OPERATIONS = {
     "/metrics": Operation(text=CONTENT_TYPE_LATEST),
 }
 
-_ERRORS_OF_BODIES = (400, 408, 413)
+_ERRORS_OF_BODIES = (400, 403, 408, 413)
 _API_KEY = "api_key"
 _NUMBER = {"type": "string", "pattern": "^[0-9]+$"}
 _HEADERS: Schema = {

@@ -72,7 +72,8 @@ async def _respond(
     # Clients choose x-request-id and may repeat it; the engine needs an id that no live request has.
     unique_id = uuid.uuid4().hex
     info = request_info(request.scope)
-    make = partial(make_job, body, model, request_id=unique_id, arrival_s=info.arrival_s)
+    salt = info.key_name or "" if serving.settings.isolate_keys else ""
+    make = partial(make_job, body, model, request_id=unique_id, arrival_s=info.arrival_s, cache_salt=salt)
     job = await asyncio.get_running_loop().run_in_executor(serving.text_threads, make)
     generation = Generation(
         serving.client,

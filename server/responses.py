@@ -81,10 +81,10 @@ def as_chat(body: ResponsesBody) -> ChatBody:
         return validate(fields, ChatBody, allow_unknown=False)
 
 
-def response_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float) -> Job:
+def response_job(body: ChatBody, model: ServedModel, *, request_id: str, arrival_s: float, cache_salt: str = "") -> Job:
     """As `chat_job`, with errors that name the fields of a response."""
     with _RenamedFields():
-        return chat_job(body, model, request_id=request_id, arrival_s=arrival_s)
+        return chat_job(body, model, request_id=request_id, arrival_s=arrival_s, cache_salt=cache_salt)
 
 
 class _RenamedFields:

@@ -91,6 +91,9 @@ class ServerSettings(BaseSettings):
     key_requests_per_minute: PerKey = Field(None, description="most requests per key and minute; more are answered with 429")
     key_tokens_per_minute: PerKey = Field(None, description="most tokens of prompts and completions per key and minute")
     key_parallel_requests: PerKey = Field(None, description="most requests of a key at once")
+    isolate_keys: bool = Field(
+        False, description="reuse the KV of prompts that begin alike only between requests of one key's name"
+    )
     cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")
     max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
     receive_timeout_s: float = Field(

@@ -137,7 +137,7 @@ class CacheManager:
         return block_ids
 
     def _salt(self, request: Request) -> str:
-        return "" if self._enable_prefix_cache else f"request {request.request_id}"
+        return f"salt {request.cache_salt}" if self._enable_prefix_cache else f"request {request.request_id}"
 
     def _block_tokens(self, request: Request, block_idx: int) -> tuple[int, ...]:
         start, stop = block_idx * self.block_size, (block_idx + 1) * self.block_size

@@ -7,12 +7,13 @@ limits that takes 60 ms at most (a schema of a thousand optional properties), an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
 from typing import Any
@@ -27,6 +28,12 @@ MAX_GRAMMAR_CHARS = 65_536
 # llguidance follows a multiple digit by digit, with a state for each remainder: 30 ms for this number, minutes for millions.
 _MAX_MULTIPLE = 10_000
 _MULTIPLE = re.compile(r'"multipleOf"\s*:\s*(-?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)')
+# Keys of an object in a schema: compiling it takes the square of their number, 70 ms for these. Of several the squares are summed.
+_MAX_KEYS = 1_000
+_EMBEDDED_SCHEMA = re.compile(r"%json\s*")
+# Rules in Lark's notation: 30 ms for these, and more than in proportion for more.
+_MAX_LARK_RULES = 1_000
+_LARK_RULE = re.compile(r"^\s*[?!]?\w+(?:\.-?[0-9]+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)
 # Rules in llama.cpp's notation: it takes the square of their number to translate them.
 _MAX_GBNF_RULES = 500
 # Compiled grammars kept for later requests, the recently used ones, each with so many matchers.
@@ -192,6 +199,10 @@ def _check_cost(grammar: Grammar) -> None:
     """Raises ValueError."""
     if grammar.kind == "cfg" and grammar.text.count("::=") > _MAX_GBNF_RULES:
         raise ValueError(f"it has more than {_MAX_GBNF_RULES} rules; translate it to Lark's notation")
+    if grammar.kind == "cfg" and sum(1 for _ in _LARK_RULE.finditer(grammar.text)) > _MAX_LARK_RULES:
+        raise ValueError(f"it has more than {_MAX_LARK_RULES} rules")
+    if sum(map(_key_cost, _schemas(grammar))) > _MAX_KEYS**2:
+        raise ValueError(f"its objects have too many keys, such as properties: at most {_MAX_KEYS} in one, and fewer in several")
     if grammar.kind in ("cfg", "json_schema"):
         # a grammar may hold a schema; either may spell letters of a key as escapes
         text = re.sub(r"\\u00([0-7][0-9a-fA-F])", lambda match: chr(int(match[1], 16)), grammar.text)
@@ -204,6 +215,30 @@ def _check_cost(grammar: Grammar) -> None:
             common //= 10
         if common > _MAX_MULTIPLE:
             raise ValueError(f"the least common multiple of all multipleOf, without zeros at its end, is beyond {_MAX_MULTIPLE}")
+
+
+def _schemas(grammar: Grammar) -> Iterator[Any]:
+    """The JSON schemas that it is or holds, as far as they are JSON."""
+    starts = {
+        "json_schema": [0],
+        "cfg": [match.end() for match in _EMBEDDED_SCHEMA.finditer(grammar.text)],
+    }.get(grammar.kind, [])
+    for start in starts:
+        with contextlib.suppress(ValueError):
+            yield json.JSONDecoder().raw_decode(grammar.text, start)[0]
+
+
+def _key_cost(schema: Any) -> int:
+    """Sum of the squares of the numbers of keys of all objects in it."""
+    cost, rest = 0, [schema]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            cost += len(value) ** 2
+            rest.extend(value.values())
+        elif isinstance(value, list):
+            rest.extend(value)
+    return cost
 
 
 def _as_decimal(text: str) -> Decimal:

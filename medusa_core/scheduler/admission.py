@@ -47,6 +47,7 @@ def make_choices(request: EngineRequest, limits: Limits, uids: Iterator[int]) ->
             max_total_tokens=max_total_tokens,
             priority=request.priority,
             arrival_s=request.arrival_s,
+            cache_salt=request.cache_salt,
             prompt_logprobs=prompt_logprobs,
         )
         for choice_idx in range(request.params.n)

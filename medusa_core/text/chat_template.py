@@ -50,7 +50,7 @@ class ChatTemplate:
                 tokenize=False,
                 **variables,
             )
-        except (TemplateError, ValueError, TypeError, LookupError, RecursionError) as error:
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
             # Templates refuse messages with raise_exception, or trip over a shape they did not expect.
             raise InvalidParameterError(f"The model's chat template refused the messages: {error}", param="messages") from error
         return rendered

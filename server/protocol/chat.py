@@ -98,6 +98,9 @@ class ToolMessage(Body):
     tool_call_id: str
 
 
+# Of the API.
+MAX_METADATA = 16
+
 ROLES = ("system", "developer", "user", "assistant", "tool")
 Message = Annotated[SystemMessage | DeveloperMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
 
@@ -127,7 +130,7 @@ class ChatBody(GenerationBody):
     service_tier: Literal["auto", "default", "flex", "scale", "priority", "fast"] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     verbosity: Literal["low", "medium", "high"] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
     store: bool | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None

@@ -18,6 +18,11 @@ from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 from medusa_core.params import MAX_LOGPROBS
 
 MAX_STOP_STRINGS = 4
+# Each is looked for behind every token.
+MAX_STOP_CHARS = 1_000
+# Both travel to the device with the request.
+MAX_BIASES = 1_024
+MAX_STOP_TOKEN_IDS = 1_024
 # Longer than any token id, short enough to be an int32.
 _MAX_ID_DIGITS = 9
 
@@ -97,10 +102,12 @@ def _as_stop_list(value: object) -> object:
         raise invalid("Input should be a non-empty string or a list of non-empty strings")
     if len(value) > MAX_STOP_STRINGS:
         raise invalid(f"At most {MAX_STOP_STRINGS} stop strings are allowed")
+    if any(len(item) > MAX_STOP_CHARS for item in value):
+        raise invalid(f"A stop string may have at most {MAX_STOP_CHARS} characters")
     return value
 
 
-_STOP_STRING = {"type": "string", "minLength": 1}
+_STOP_STRING = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
 _STOP_SCHEMA = {"anyOf": [_STOP_STRING, {"type": "array", "items": _STOP_STRING, "maxItems": MAX_STOP_STRINGS}, {"type": "null"}]}
 StopStrings = Annotated[list[str], BeforeValidator(_as_stop_list), WithJsonSchema(_STOP_SCHEMA)]
 
@@ -111,6 +118,8 @@ def _as_logit_bias(value: object) -> object:
         return {}
     if not isinstance(value, dict):
         raise invalid("Input should be an object from token ids to numbers")
+    if len(value) > MAX_BIASES:
+        raise invalid(f"At most {MAX_BIASES} tokens may have a bias")
     biases = {}
     for key, bias in value.items():
         # as JSON writes a number, so that no two keys are one id
@@ -128,6 +137,7 @@ def _as_logit_bias(value: object) -> object:
 
 _BIAS_SCHEMA = {
     "type": ["object", "null"],
+    "maxProperties": MAX_BIASES,
     "propertyNames": {"pattern": f"^(0|[1-9][0-9]{{0,{_MAX_ID_DIGITS - 1}}})$"},
     "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
 }
@@ -218,7 +228,7 @@ class GenerationBody(Body):
     min_p: MinP | None = None
     min_tokens: Annotated[Int32, Described({"minimum": 0})] | None = None
     ignore_eos: bool | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True, max_length=MAX_STOP_TOKEN_IDS)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None

@@ -17,11 +17,15 @@ from server.protocol.common import (
     invalid,
 )
 
+# As many choices as one request may have; with n, convert.py counts those.
+MAX_PROMPTS = 128
+
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-def _is_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def _are_all(values: list[Any], kind: type) -> bool:
+    """Of exactly this type: `True` is no integer. Without a loop of Python's, as a body holds up to a million."""
+    return set(map(type, values)) == {kind}
 
 
 def _check_prompt(value: object) -> object:
@@ -29,20 +33,30 @@ def _check_prompt(value: object) -> object:
     if value is None or isinstance(value, str):
         return value or ""
     if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value) or all(_is_int(item) for item in value):
+        if _are_all(value, int):
             return value
-        if all(isinstance(item, list) and all(_is_int(token) for token in item) for item in value):
+        if len(value) > MAX_PROMPTS and isinstance(value[0], str | list):
+            raise invalid(f"At most {MAX_PROMPTS} prompts are allowed")
+        if _are_all(value, str) or (_are_all(value, list) and all(not item or _are_all(item, int) for item in value)):
             return value
     raise invalid("Input should be a string, a list of strings, a list of token ids, or a list of lists of token ids; not empty")
 
 
-def _list_of(items: dict[str, Any]) -> dict[str, Any]:
-    return {"type": "array", "items": items, "minItems": 1}
+def _list_of(items: dict[str, Any], **keywords: int) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": 1, **keywords}
 
 
 _TEXT = {"type": "string"}
 _TOKEN_IDS = _list_of({"type": "integer", "minimum": 0})
-_PROMPT_SCHEMA = {"anyOf": [_TEXT, _list_of(_TEXT), _TOKEN_IDS, _list_of(_TOKEN_IDS), {"type": "null"}]}
+_PROMPT_SCHEMA = {
+    "anyOf": [
+        _TEXT,
+        _list_of(_TEXT, maxItems=MAX_PROMPTS),
+        _TOKEN_IDS,
+        _list_of(_TOKEN_IDS, maxItems=MAX_PROMPTS),
+        {"type": "null"},
+    ]
+}
 
 
 class CompletionBody(GenerationBody):

@@ -9,7 +9,7 @@ import msgspec
 from pydantic import BeforeValidator, Discriminator, Field, Tag, WithJsonSchema
 from pydantic_core import PydanticCustomError
 
-from server.protocol.chat import ChatTokenLogprob
+from server.protocol.chat import MAX_METADATA, ChatTokenLogprob
 from server.protocol.common import (
     Body,
     Described,
@@ -27,7 +27,7 @@ from server.protocol.common import (
     invalid,
     only,
 )
-from server.protocol.tools import FunctionDefinition
+from server.protocol.tools import MAX_TOOLS, FunctionDefinition
 
 ITEM_TYPES = ("message", "function_call", "function_call_output")
 _TEXT_TYPES = ("input_text", "output_text", "text")
@@ -184,13 +184,15 @@ class ResponsesBody(Body):
     top_p: Share | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(fail_fast=True), BeforeValidator(_check_tool_kinds)] | None = None
+    tools: Annotated[list[FunctionTool], Field(fail_fast=True, max_length=MAX_TOOLS), BeforeValidator(_check_tool_kinds)] | None = (
+        None
+    )
     tool_choice: Annotated[Any, BeforeValidator(_check_choice), WithJsonSchema(_CHOICE_SCHEMA)] = None
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     include: list[str] | None = None
     top_logprobs: Logprobs | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
 
     # Accepted: they carry no promise about the output of a server like this one, which stores nothing and never reasons apart.
     store: bool | None = None

@@ -10,7 +10,7 @@ from medusa_core.params import SamplingParams
 from medusa_core.request import Request
 
 
-def make_request(uid, prompt, *, request_id=None):
+def make_request(uid, prompt, *, request_id=None, cache_salt=""):
     return Request(
         uid=uid,
         request_id=request_id or f"r{uid}",
@@ -19,6 +19,7 @@ def make_request(uid, prompt, *, request_id=None):
         params=SamplingParams(),
         noise_key=0,
         max_total_tokens=100,
+        cache_salt=cache_salt,
     )
 
 
@@ -132,6 +133,12 @@ def test_identical_requests_side_by_side_index_one_copy():
         cache.free(request)
     assert cache.num_used_blocks == 0
     assert len(cache.lookup(make_request(2, range(9)))) == 2
+
+
+def test_prompts_are_shared_within_a_salt_only():
+    cache = make_cache()
+    run_and_free(cache, make_request(0, range(9), cache_salt="a"))
+    assert [len(cache.lookup(make_request(1, range(9), cache_salt=salt))) for salt in ("a", "b", "")] == [2, 0, 0]
 
 
 def test_without_prefix_cache_only_choices_of_one_request_share():

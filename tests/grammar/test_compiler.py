@@ -67,6 +67,10 @@ def test_space_in_json_is_free_but_not_endless(compiler):
     assert not accepts(compiler, schema(OBJECT), ' {"a": 1, "b": "x"}')
 
 
+def many_keys(count, letter="p"):
+    return {"type": "object", "properties": {f"{letter}{number}": {} for number in range(count)}}
+
+
 @pytest.mark.parametrize(
     "grammar",
     [
@@ -96,6 +100,11 @@ def test_space_in_json_is_free_but_not_endless(compiler):
         schema({"multipleOf": 0}),
         Grammar(kind="cfg", text='start: %json {"multiple\\u004ff": 999983}', field="the field"),
         Grammar(kind="cfg", text="\n".join(f'r{i} ::= r{i + 1} "x"' for i in range(600)), field="the field"),
+        # and these would halt all other requests for a second
+        schema(many_keys(1001)),
+        schema({"anyOf": [many_keys(600, letter) for letter in "abc"]}),
+        Grammar(kind="cfg", text=f"start: %json {json.dumps(many_keys(1001))}", field="the field"),
+        Grammar(kind="cfg", text="start: r0\n" + "\n".join(f'r{i}: "a"?' for i in range(1001)), field="the field"),
     ],
 )
 def test_what_cannot_be_used_is_refused_with_its_field(compiler, grammar):

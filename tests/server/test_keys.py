@@ -185,3 +185,12 @@ async def test_a_prefix_in_front_of_all_paths_opens_none(make_http):
         assert (await mounted.get("/llm/v1/models")).status_code == 401
         assert (await mounted.get("/llm/v1/models", headers=bearer("one"))).status_code == 200
         assert (await mounted.get("/llm/health")).status_code == 200
+
+
+@pytest.mark.parametrize(("options", "salts"), [({}, ["", ""]), ({"isolate_keys": True}, ["a", "b"])])
+async def test_cached_prompts_are_kept_apart_if_asked_for(make_http, options, salts):
+    client = FakeClient()
+    http = await make_http(client, api_key=("a=one", "b=two"), **options)
+    for key in ("one", "two"):
+        assert (await http.post("/v1/completions", json=BODY, headers=bearer(key))).status_code == 200
+    assert [request.cache_salt for request in client.requests] == salts

@@ -144,6 +144,23 @@ async def test_cors_is_off_by_default(make_http):
     assert "access-control-allow-origin" not in other.headers
 
 
+async def test_pages_of_other_sites_cannot_keep_the_server_busy(make_http):
+    client = FakeClient()
+    page = {"origin": "http://page", "sec-fetch-site": "cross-site", "content-type": "text/plain"}
+    refused = await (await make_http(client)).post("/v1/completions", json=BODY, headers=page)
+    assert error_of(refused, 403)["code"] == "cross_site_request"
+    assert "--cors-origin" in refused.json()["error"]["message"]
+    assert client.requests == []
+    for options, headers in (
+        ({"cors_origin": ("http://page",)}, page),
+        ({"cors_origin": ("*",)}, page),
+        ({}, {"origin": "http://test", "sec-fetch-site": "same-origin"}),
+        ({}, {"sec-fetch-site": "none"}),
+    ):
+        http = await make_http(client, **options)
+        assert (await http.post("/v1/completions", json=BODY, headers=headers)).status_code == 200
+
+
 async def test_large_bodies_are_refused_declared_or_not(make_http):
     client = FakeClient()
     http = await make_http(client, max_body_bytes=1000)
