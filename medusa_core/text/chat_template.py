@@ -96,7 +96,7 @@ class ChatTemplate:
             self._hf_tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=self._template, tokenize=False)
         except TemplateSyntaxError as error:
             raise ConfigError(f"--chat-template is not valid Jinja: {error}") from error
-        except (TemplateError, ValueError, TypeError, LookupError):
+        except (TemplateError, ValueError, TypeError, LookupError, ArithmeticError):
             # It compiles, and just wants other messages than this one.
             return
 

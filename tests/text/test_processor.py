@@ -107,6 +107,31 @@ def test_template_variables_reach_the_template_but_not_the_renderer(model_folder
     assert caught.value.param == "chat_template_kwargs"
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.append(1) }}",
+        "{{ raise_exception.__globals__.os }}",
+        "{% for i in range(10 ** 9) %}{% endfor %}",
+        "{{ 1 // 0 }}",
+        "{% include '/etc/hostname' %}",
+    ],
+)
+def test_a_hostile_template_gets_at_nothing(model_folder, template):
+    """It comes with a model's files, which need not be the operator's own."""
+    hostile = TextProcessor.load(model_folder, chat_template=template)
+    with pytest.raises(InvalidParameterError):
+        hostile.render_chat([USER])
+
+
+@pytest.mark.parametrize("variables", [{"raise_exception": "x"}, {"range": [1]}, {"strftime_now": None}, {"loud": 10**9}])
+def test_template_variables_are_data(model_folder, variables):
+    template = "{{ strftime_now('%Y') }}{% for i in range(loud) %}{% endfor %}{{ raise_exception('no') }}"
+    with pytest.raises(InvalidParameterError):
+        TextProcessor.load(model_folder, chat_template=template).render_chat([USER], template_kwargs={"loud": 1} | variables)
+
+
 def test_a_model_without_template_names_the_remedy(model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     tokenizer.chat_template = None
