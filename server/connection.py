@@ -17,39 +17,49 @@ MAX_HEAD_BYTES = 65_536
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """Closes a connection whose next request's headers take longer than `receive_timeout_s` or more than MAX_HEAD_BYTES."""
+    """Closes a connection whose next request's headers take longer than `receive_timeout_s` or more than MAX_HEAD_BYTES.
+
+    The rest of a body that has been refused meanwhile has as much time: a client that is still sending cannot read the answer.
+    """
 
     receive_timeout_s: float
     _deadline: asyncio.TimerHandle | None = None
     _num_head_bytes = 0
+    _is_in_body = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn itself
         super().connection_made(transport)
-        self._start_head()
+        self._start_deadline()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._end_head()
+        self._end_deadline()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
         # Also for blank lines, which are no request yet but end uvicorn's own patience between two.
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
-            self._start_head()
+            self._start_deadline()
         super().data_received(data)
-        if self._deadline is not None:
+        if self._deadline is not None and not self._is_in_body:
             self._num_head_bytes += len(data)
             if self._num_head_bytes > MAX_HEAD_BYTES:
                 self.transport.abort()
 
     def on_headers_complete(self) -> None:
-        self._end_head()
+        self._end_deadline()
+        self._is_in_body = True
         super().on_headers_complete()
 
-    def _start_head(self) -> None:
+    def on_message_complete(self) -> None:
+        self._end_deadline()
+        self._is_in_body = False
+        super().on_message_complete()
+
+    def _start_deadline(self) -> None:
         self._num_head_bytes = 0
         self._deadline = self.loop.call_later(self.receive_timeout_s, self.transport.abort)
 
-    def _end_head(self) -> None:
+    def _end_deadline(self) -> None:
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None

@@ -104,6 +104,21 @@ async def test_headers_have_a_limit(make_server):
         assert await closed == b""
 
 
+async def test_a_refusal_does_not_cut_off_a_body_under_way_unless_it_never_ends(make_server):
+    url = await make_server(api_key=("one",), receive_timeout_s=0.5)
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        assert error_of(await http.post("/v1/completions", content=b"x" * 5_000_000), 401)["code"] == "invalid_api_key"
+        assert (await http.get("/v1/models", headers={"authorization": "Bearer one"})).status_code == 200
+    async with connection(url) as (reader, writer):
+        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n")
+        assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 401")
+        closed = asyncio.create_task(until_closed(reader))
+        while not closed.done():
+            writer.write(b"5\r\nagain\r\n")
+            await asyncio.sleep(0.02)
+        assert await closed == b""
+
+
 async def test_an_idle_connection_is_closed_between_requests(make_server):
     url = await make_server(keep_alive_timeout_s=1)
     async with connection(url) as (reader, writer):
