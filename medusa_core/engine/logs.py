@@ -9,6 +9,7 @@ import threading
 from types import TracebackType
 from typing import Literal, TypeAlias
 
+from pythonjsonlogger.core import RESERVED_ATTRS
 from pythonjsonlogger.json import JsonFormatter
 
 LogFormat: TypeAlias = Literal["text", "json"]
@@ -40,6 +41,8 @@ def json_formatter() -> logging.Formatter:
         ["levelname", "name", "process", "message"],
         timestamp="time",
         rename_fields={"levelname": "level", "name": "logger"},
+        # uvicorn's second wording of its messages
+        reserved_attrs=[*RESERVED_ATTRS, "color_message"],
     )
 
 
