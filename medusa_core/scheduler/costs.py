@@ -49,7 +49,7 @@ class CostCurve:
         return left_s + slope * (num_rows - left_rows)
 
 
-# Nodes and number of lanes of each group of lanes that decode in a step.
+# Nodes and number of lanes, of all lanes with as many nodes that decode in a step.
 DecodeGroups: TypeAlias = tuple[tuple[int, int], ...]
 
 

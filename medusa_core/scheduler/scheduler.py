@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
 
 from medusa_core.cache.manager import Allocation, CacheManager
@@ -236,7 +237,8 @@ class Scheduler:
             size = self._size_for(request, tree_size)
             lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
             step.add_draw(request, min(self._max_depth, size - 1) + 1)
-        step.groups = tuple((size, len(lanes)) for (_, size), lanes in lanes_by_kind.items())
+        # Lanes with and without a grammar share a launch.
+        step.groups = tuple(Counter(self._size_for(request, tree_size) for request in requests).items())
         return [
             DecodeGroup(lanes=lanes, num_nodes=size, has_grammar=has_grammar)
             for (has_grammar, size), lanes in sorted(lanes_by_kind.items(), key=lambda item: item[0][0])

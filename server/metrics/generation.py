@@ -107,7 +107,7 @@ class GenerationMetrics:
     def observe_first_delta(self, *, ttft_s: float, queue_s: float) -> None:
         self._ttft.observe(ttft_s)
         self._queue_time.observe(queue_s)
-        self._prefill_time.observe(ttft_s - queue_s)
+        self._prefill_time.observe(max(ttft_s - queue_s, 0.0))
 
     def observe_delta(self, delta: TokenDelta, *, num_kept: int) -> None:
         """Count one delta of one choice, of which `num_kept` tokens survived trimming."""

@@ -52,6 +52,14 @@ def test_speculation_counters_agree_with_each_other(server: Server):
     per_position = [grown(before, after, "spec_decode_num_accepted_tokens_per_pos_total", position=str(i)) for i in range(3)]
     assert per_position == sorted(per_position, reverse=True)
     assert drafts >= per_position[0] > 0
+    # Nothing was trimmed, so the engine counts as many, and knows who offered them.
+    assert grown(before, after, "spec_decode_accepted_by_source_total") == accepted
+    by_heads = grown(before, after, "spec_decode_accepted_by_source_total", source="head")
+    assert grown(before, after, "spec_decode_head_hits_total") == by_heads > 0
+    decode_steps = grown(before, after, "decode_steps_by_tree_size_total")
+    assert grown(before, after, "decode_steps_by_tree_size_total", nodes="8") == decode_steps == drafts + plain_steps
+    # The prompt was a step of its own.
+    assert grown(before, after, "step_latency_seconds_count") == grown(before, after, "engine_steps_total") == decode_steps + 1
 
 
 def test_requests_without_speculation_draft_nothing(server: Server):

@@ -8,7 +8,7 @@ import pytest
 
 from medusa_core.errors import EngineDeadError
 from tests.server.fakes import FakeClient
-from tests.server.test_metrics import scrape
+from tests.server.metric_page import scrape
 
 BODY = {"model": "tiny", "stream": True, "max_tokens": 60, "stream_options": {"include_usage": True}}
 TIMES = ("_seconds", "_created", "tokens_per_second")

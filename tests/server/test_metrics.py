@@ -7,12 +7,12 @@ import re
 
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
-from prometheus_client.parser import text_string_to_metric_families
 
 from medusa_core.outputs import EngineStats
 from server.metrics import render
 from server.metrics.collectors import TokenCounter, TokenHistogram, TokenRate
 from tests.server.fakes import FakeClient
+from tests.server.metric_page import scrape
 
 RELIED_ON = [
     "num_requests_running",
@@ -39,17 +39,6 @@ RELIED_ON = [
     "e2e_request_latency_seconds_count",
     "request_queue_time_seconds_count",
 ]
-
-
-async def scrape(http):
-    """Samples by name and by (name, label values), summed over other labels."""
-    values = {}
-    for family in text_string_to_metric_families((await http.get("/metrics")).text):
-        for sample in family.samples:
-            values[sample.name] = values.get(sample.name, 0) + sample.value
-            for item in sample.labels.items():
-                values[sample.name, *item] = values.get((sample.name, *item), 0) + sample.value
-    return values
 
 
 async def run_requests(http):
