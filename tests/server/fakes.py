@@ -111,6 +111,7 @@ class FakeClient:
     loading: asyncio.Event | None = None
     is_alive: bool = True
     stats: EngineStats = field(default_factory=EngineStats)
+    description: EngineInfo = INFO
     requests: list[EngineRequest] = field(default_factory=list)
     deltas: list[TokenDelta] = field(default_factory=list)
     aborted: list[tuple[str, int | None]] = field(default_factory=list)
@@ -124,7 +125,7 @@ class FakeClient:
         if self.load_error is not None:
             raise self.load_error
         self.is_started = True
-        return INFO
+        return self.description
 
     async def close(self) -> None:
         self.is_closed = True
@@ -133,7 +134,7 @@ class FakeClient:
     def info(self) -> EngineInfo:
         if not self.is_started:
             raise EngineNotReadyError("Loading.")
-        return INFO
+        return self.description
 
     @property
     def is_ready(self) -> bool:

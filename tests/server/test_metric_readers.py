@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import math
 import re
+from pathlib import Path
 
+import msgspec
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,6 +20,7 @@ from tests.server.fakes import INFO, FakeClient
 from tests.server.metric_page import scrape
 from tests.server.test_metrics import run_requests
 
+DOCS = Path(__file__).parents[2] / "docs/metrics.md"
 STATS = EngineStats(num_running=2, num_waiting=1, num_blocks_used=25, num_blocks=100, num_steps_total=9, num_preemptions_total=4)
 
 
@@ -151,6 +154,22 @@ async def test_vllms_names_say_what_ours_do(make_http):
             assert theirs.value == ours.value
     (config,) = families["vllm:cache_config_info"].samples
     assert config.labels == {"model_name": "tiny", "engine": "0", "block_size": "16", "num_gpu_blocks": "100"}
+
+
+async def test_the_page_in_the_docs_names_every_metric_and_its_labels(make_http):
+    http = await make_http(FakeClient(stats=STATS, description=msgspec.structs.replace(INFO, head_ranks=((1, 0),))))
+    await run_requests(http)
+    exposed = {}
+    for family in text_string_to_metric_families(await page_of(http)):
+        if family.name.startswith("medusa_"):
+            labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
+            exposed[family.name + "_total" * (family.type == "counter")] = labels
+    documented = {}
+    for line in DOCS.read_text().splitlines():
+        # the first column of a table
+        for name, labels in re.findall(r"`(medusa_\w+)(?:\{(.*?)\})?`", line.split(" | ")[0] if line.startswith("| `") else ""):
+            documented[name] = set(labels.split(",")) - {""}
+    assert documented == exposed
 
 
 async def test_a_gateway_finds_the_load_of_an_endpoint(make_http):
