@@ -7,6 +7,7 @@ from collections.abc import Collection
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from medusa_core.errors import MedusaError
 from server.errors import CrossSiteError, InvalidAPIKeyError, RateLimitError, error_response
 from server.keys import ApiKey, Keyring
 from server.limits import Allowance, RateLimiter, rate_limit_headers
@@ -72,7 +73,11 @@ class APIKeyMiddleware:
 
     async def _run_limited(self, key: ApiKey, scope: Scope, receive: Receive, send: Send) -> None:
         info = request_info(scope)
-        allowance = await self._limiter.acquire(key.name, key.limits)
+        try:
+            allowance = await self._limiter.acquire(key.name, key.limits)
+        except MedusaError as error:
+            await error_response(error)(scope, receive, send)
+            return
         info.headers |= rate_limit_headers(key.limits, allowance)
         if allowance.refused_for is not None:
             await error_response(_rate_limit_error(key, allowance))(scope, receive, send)

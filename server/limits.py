@@ -56,7 +56,10 @@ class RateLimiter(Protocol):
     """Counts per key. `acquire` may ask another process, as several front ends share one truth."""
 
     async def acquire(self, key_name: str, limits: KeyLimits) -> Allowance:
-        """Take a request off the key's budget, unless it is refused. Each one that is allowed must be settled."""
+        """Take a request off the key's budget, unless it is refused. Each one that is allowed must be settled.
+
+        Raises MedusaError, with nothing taken, where there is no answer.
+        """
         ...
 
     def settle(self, key_name: str, limits: KeyLimits, *, num_tokens: int) -> None:

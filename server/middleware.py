@@ -93,6 +93,8 @@ class ObservabilityMiddleware:
         duration_s = time.monotonic() - info.arrival_s
         refusal = info.error_code if info.error_code in self._refusals else None
         self._serving.http_metrics.observe(method=method, route=route, status=status, duration_s=duration_s, refusal=refusal)
+        if info.key_name is not None:
+            self._serving.http_metrics.observe_key(info.key_name, status=status, num_tokens=info.num_charged_tokens)
         if self._serving.tracer is not None:
             self._serving.tracer.record(scope, info, route=route, status=status, duration_s=duration_s)
         level = logging.DEBUG if route in _POLLED_ROUTES else logging.INFO

@@ -27,6 +27,15 @@ class HttpMetrics:
             ("reason",),
             registry=registry,
         )
+        self._key_requests = Counter(
+            "medusa_key_requests", "Requests answered, by the name of their API key.", ("key", "status"), registry=registry
+        )
+        self._key_tokens = Counter(
+            "medusa_key_tokens",
+            "Tokens of prompts and completions, by the name of the API key they are charged to.",
+            ("key",),
+            registry=registry,
+        )
         # There from the start, so that the first refusal is an increase too.
         for code in refusal_codes():
             self._refused.labels(code)
@@ -37,3 +46,8 @@ class HttpMetrics:
         self._duration.labels(method, route).observe(duration_s)
         if refusal is not None:
             self._refused.labels(refusal).inc()
+
+    def observe_key(self, name: str, *, status: int, num_tokens: int) -> None:
+        """Count an answer for the one whose key asked for it. Names are the operator's, so there are only so many."""
+        self._key_requests.labels(name, str(status)).inc()
+        self._key_tokens.labels(name).inc(num_tokens)

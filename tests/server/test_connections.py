@@ -81,8 +81,8 @@ async def test_a_body_that_does_not_come_is_answered_408_and_the_connection_clos
 
 
 async def test_answers_may_take_longer_than_requests(make_server):
-    client = FakeClient(step_s=0.2)
-    async with httpx.AsyncClient(base_url=await make_server(client, receive_timeout_s=0.3), trust_env=False) as http:
+    client = FakeClient(step_s=0.1)
+    async with httpx.AsyncClient(base_url=await make_server(client, receive_timeout_s=0.2), trust_env=False) as http:
         for is_stream in (False, True):
             response = await http.post("/v1/completions", json={"model": "tiny", "prompt": "Hi", "stream": is_stream})
             assert response.status_code == 200

@@ -7,9 +7,11 @@ import hashlib
 import os
 
 import httpx
+import openai
 import pytest
 
-from medusa_core.errors import ConfigError
+from medusa_core.errors import ConfigError, EngineError
+from server.auth import APIKeyMiddleware
 from server.keys import Keyring, hashed
 from server.limits import KeyLimits
 from server.settings import ServerSettings, load_settings
@@ -155,6 +157,31 @@ async def test_what_is_refused_costs_no_tokens(make_http):
     assert (answer.status_code, answer.headers["x-ratelimit-remaining-tokens"]) == (200, "10")
 
 
+async def test_metrics_tell_who_used_how_much(make_http):
+    http = await make_http(api_key=("a=one", "b=two"), key_requests_per_minute=2)
+    usages = []
+    for key in ("one", "one", "one", "two"):
+        answer = (await http.post("/v1/completions", json=BODY, headers=bearer(key))).json()
+        usages.append(answer.get("usage", {}).get("total_tokens", 0))
+    await http.post("/v1/completions", json=BODY, headers=bearer("three"))
+    page = (await http.get("/metrics")).text
+    assert f'medusa_key_tokens_total{{key="a"}} {usages[0] + usages[1]:.1f}\n' in page
+    assert f'medusa_key_tokens_total{{key="b"}} {usages[3]:.1f}\n' in page
+    assert 'medusa_key_requests_total{key="a",status="200"} 2.0\n' in page
+    assert 'medusa_key_requests_total{key="a",status="429"} 1.0\n' in page
+    assert 'medusa_requests_refused_total{reason="rate_limit_exceeded"} 1.0\n' in page
+    assert 'medusa_requests_refused_total{reason="invalid_api_key"} 1.0\n' in page
+
+
+async def test_the_sdk_reads_the_limit(make_sdk):
+    sdk = await make_sdk(api_key=("key",), key_requests_per_minute=1)
+    await sdk.completions.create(**BODY)
+    with pytest.raises(openai.RateLimitError) as caught:
+        await sdk.completions.create(**BODY)
+    assert caught.value.code == "rate_limit_exceeded"
+    assert 1 <= int(caught.value.response.headers["retry-after"]) <= 60
+
+
 async def test_parallel_requests_count_until_they_end_also_by_a_disconnect(make_server):
     client = FakeClient(gate=asyncio.Event(), num_free_steps=1)
     url = await make_server(client, api_key=("one",), key_parallel_requests=1)
@@ -166,6 +193,21 @@ async def test_parallel_requests_count_until_they_end_also_by_a_disconnect(make_
         client.gate.set()
         while (await http.post("/v1/completions", json=BODY)).status_code == 429:
             await asyncio.sleep(0.01)
+
+
+async def test_a_limiter_that_does_not_answer_lets_nobody_through(make_http):
+    class Silent:
+        async def acquire(self, key_name, limits):
+            raise EngineError("The main process does not answer.")
+
+    client = FakeClient()
+    http = await make_http(client, api_key=("one",), key_requests_per_minute=2)
+    http.app.middleware_stack = None
+    for middleware in http.app.user_middleware:
+        if middleware.cls is APIKeyMiddleware:
+            middleware.kwargs["limiter"] = Silent()
+    assert error_of(await http.post("/v1/completions", json=BODY, headers=bearer("one")), 500)["code"] == "engine_error"
+    assert client.requests == []
 
 
 async def test_everything_needs_a_key_but_what_machines_poll(make_http):
