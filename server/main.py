@@ -35,6 +35,7 @@ DRAIN_POLL_S = 0.05
 # Streams make next to no cycles: what they make goes with its last reference, and looking at it was 4 % of this process's time.
 GC_THRESHOLD = 50_000
 EXIT_USAGE = 2
+LOOPBACK_HOSTS = ("127.0.0.1", "::1", "localhost")
 
 
 def main() -> None:
@@ -131,6 +132,8 @@ def listen(settings: ServerSettings) -> socket.socket:
     # Connections inherit it. Without, the second frame of an answer waits for the client to acknowledge the first, which takes
     # 40 ms on a connection that is kept open; asyncio sets it only on sockets it has made itself.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if settings.host not in LOOPBACK_HOSTS and not (settings.api_key or settings.api_key_file):
+        logger.warning("Whoever reaches this port may use the server: there is neither --api-key nor --api-key-file.")
     return listener
 
 

@@ -74,6 +74,7 @@ async def test_refused_and_failed_requests_say_why(make_http, entries, client, c
     (entry,) = entries()
     assert (entry["status"], entry["error"], entry.get("finish_reasons")) == (status, error, reasons)
     assert "forged" not in str(entry)
+    assert "A bug." not in response.text
 
 
 async def test_clients_that_left_are_seen(make_server, entries):

@@ -193,6 +193,15 @@ async def test_polling_is_logged_below_requests(make_http, caplog):
     assert " ms abc " in line
 
 
+@pytest.mark.parametrize(
+    ("options", "is_warned"),
+    [({}, True), ({"api_key": ("k",)}, False), ({"api_key_file": "keys.toml"}, False), ({"host": "127.0.0.1"}, False)],
+)
+def test_a_port_open_to_all_without_keys_is_warned_of(caplog, options, is_warned):
+    listen(ServerSettings(**({"host": "0.0.0.0", "port": 0} | options))).close()
+    assert ("--api-key" in caplog.text) == is_warned
+
+
 def test_answers_on_a_connection_that_is_kept_are_not_held_back():
     """Nagle's algorithm would keep the second frame until the client has acknowledged the first: 40 ms."""
     with listen(ServerSettings(host="127.0.0.1", port=0)) as listener, socket.create_connection(listener.getsockname()):
