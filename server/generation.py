@@ -55,8 +55,6 @@ class _Choice:
     is_open: bool = True
     is_running: bool = True
     last_delta_s: float | None = None
-    ttft_s: float = 0.0
-    num_tokens: int = 0
     # not told yet
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -225,7 +223,6 @@ class Generation:
             text += added.text
             calls += added.calls
             self._num_completion_tokens += added.num_tokens
-            choice.num_tokens += added.num_tokens
             if choice.prediction is not None:
                 choice.prediction.add(delta.token_ids[: added.num_tokens])
             self._metrics.observe_delta(delta, num_kept=added.num_tokens)
@@ -271,8 +268,7 @@ class Generation:
     def _observe_first(self, choice: _Choice, delta: TokenDelta, now: float) -> None:
         request = choice.request
         choice.last_delta_s = now
-        choice.ttft_s = now - request.arrival_s
-        self._metrics.observe_first_delta(ttft_s=choice.ttft_s, queue_s=delta.queue_s)
+        self._metrics.observe_first_delta(ttft_s=now - request.arrival_s, queue_s=delta.queue_s)
         if request.request_id not in self._cached_tokens:
             self._cached_tokens[request.request_id] = delta.num_cached_tokens
             self._metrics.observe_prompt(len(request.prompt_token_ids), num_cached=delta.num_cached_tokens)
@@ -281,8 +277,13 @@ class Generation:
         choice.is_open = False
         choice.finish_reason = reason
         self._num_open -= 1
-        e2e_s = time.monotonic() - choice.request.arrival_s
-        self._metrics.observe_finish(reason, num_tokens=choice.num_tokens, ttft_s=choice.ttft_s, e2e_s=e2e_s)
+        record = choice.record
+        self._metrics.observe_finish(
+            reason,
+            num_tokens=record.num_tokens,
+            decode_s=record.last_s - record.first_s,
+            e2e_s=time.monotonic() - record.arrival_s,
+        )
 
     def _count_unfinished(self, reason: str | None) -> None:
         """reason: None for a request that was refused. Choices that never ran are then no outcome of the engine; those that did run

@@ -140,13 +140,12 @@ class GenerationMetrics:
     def observe_discarded(self, num_tokens: int) -> None:
         self._discarded_tokens.value += num_tokens
 
-    def observe_finish(self, reason: str, *, num_tokens: int, ttft_s: float, e2e_s: float) -> None:
-        """A choice ended with `num_tokens` tokens; without any, there was no time to the first."""
+    def observe_finish(self, reason: str, *, num_tokens: int, decode_s: float, e2e_s: float) -> None:
+        """A choice ended with `num_tokens` tokens, `decode_s` between the first and the last of them."""
         self._finished.labels(self._model_name, reason).inc()
         if num_tokens:
             self._output_length.observe(num_tokens)
         if reason in ("stop", "length"):
-            decode_s = e2e_s - ttft_s
             self._e2e.observe(e2e_s)
             self._decode_time.observe(decode_s)
             if num_tokens > 1:

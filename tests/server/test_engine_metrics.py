@@ -149,7 +149,7 @@ async def test_refusals_by_reason(make_http):
     await http.post("/v1/completions", json={"model": "tiny", "prompt": "Hi"}, headers=headers)
     # Neither an answer without an error nor a route that does not exist is a refusal.
     await http.get("/v1/models", headers=headers)
-    await http.get("/nowhere")
+    await http.get("/nowhere", headers=headers)
     values = await scrape(http)
     for code in ("invalid_api_key", "invalid_json", "request_too_large", "model_not_found", "server_draining"):
         assert values["medusa_requests_refused_total", "reason", code] == 1, code
