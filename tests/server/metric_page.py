@@ -14,3 +14,9 @@ async def scrape(http):
             for item in sample.labels.items():
                 values[sample.name, *item] = values.get((sample.name, *item), 0) + sample.value
     return values
+
+
+def is_total(key):
+    """Whether a key of `scrape` is of something that never falls."""
+    name = key if isinstance(key, str) else key[0]
+    return name.endswith(("_total", "_count", "_sum", "_bucket"))

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import itertools
+import os
 import platform
+import signal
 
+import httpx
 import msgspec
 import pytest
 import torch
@@ -13,10 +18,13 @@ from prometheus_client import CollectorRegistry
 from medusa_core import __version__
 from medusa_core.errors import MedusaError
 from medusa_core.outputs import STEP_LATENCY_BOUNDS_S, EngineStats
+from server.app import create_app
 from server.errors import answer_for, is_refusal, refusal_codes
 from server.metrics import EngineMetrics
-from tests.server.fakes import INFO, FakeClient
-from tests.server.metric_page import scrape
+from server.settings import ServerSettings
+from tests.engine.harness import make_config, make_worker_client, until
+from tests.server.fakes import INFO, FakeClient, FakeText
+from tests.server.metric_page import is_total, scrape
 
 RANKS = ((1, 0), (1, 1), (2, 0))
 WITH_TREE = msgspec.structs.replace(INFO, tree_sizes=(1, 4, 8), head_ranks=RANKS)
@@ -65,6 +73,38 @@ def test_a_dead_engine_runs_nothing_and_an_old_snapshot_takes_nothing_back():
     assert page("engine_steps_total") == 30
     page.metrics.update(EngineStats(num_starts=2, num_steps_total=31))
     assert page("engine_steps_total") == 31
+
+
+async def test_a_worker_that_is_killed_costs_no_counter_anything():
+    client = make_worker_client(make_config("delay=0.01"))
+    app = create_app(client, lambda info: FakeText(), ServerSettings())
+    async with app.router.lifespan_context(app):
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            await until(lambda: client.is_ready)
+            answer = await complete(http, max_tokens=20)
+            assert answer.json()["usage"]["completion_tokens"] == 20
+            pages = [await scrape(http)]
+            lost = [asyncio.create_task(complete(http, max_tokens=5000)) for _ in range(2)]
+            await until(lambda: client.stats.num_running == 2)
+            os.kill(client.worker_pid, signal.SIGKILL)
+            assert [(await request).status_code for request in lost] == [500, 500]
+            pages.append(await scrape(http))
+            await until(lambda: client.is_ready)
+            assert (await complete(http, max_tokens=4)).status_code == 200
+            pages.append(await scrape(http))
+    for earlier, later in itertools.pairwise(pages):
+        assert [key for key, value in earlier.items() if is_total(key) and later[key] < value] == []
+    first, _, last = pages
+    assert (first["medusa_engine_steps_total"], first["medusa_worker_restarts_total"]) == (20, 0)
+    assert last["medusa_worker_restarts_total"] == 1
+    assert last["medusa_engine_steps_total"] >= 24 <= last["medusa_step_latency_seconds_count"]
+    assert last["medusa_request_success_total", "finished_reason", "error"] == 2
+    assert last["medusa_request_success_total", "finished_reason", "length"] == 2
+
+
+async def complete(http, **body):
+    return await http.post("/v1/completions", json={"model": "fake", "prompt": "Hi", **body})
 
 
 def test_drafts_that_were_right_by_who_offered_them():

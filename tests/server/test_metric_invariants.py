@@ -12,7 +12,7 @@ from medusa_core.errors import QueueFullError
 from medusa_core.outputs import EngineStats, FinishReason
 from server.record import RequestRecord
 from tests.server.fakes import FakeClient
-from tests.server.metric_page import scrape
+from tests.server.metric_page import is_total, scrape
 
 PROMPT = {"model": "tiny", "prompt": "Hi"}
 
@@ -188,11 +188,6 @@ async def test_choices_that_a_dead_worker_ends_are_errors_and_keep_their_tokens(
     assert [page["medusa_num_preemptions_total"] for page in (before, during, after)] == [3, 3, 4]
     assert [page["medusa_engine_steps_total"] for page in (before, during, after)] == [20, 20, 24]
     assert [page["medusa_worker_restarts_total"] for page in (before, during, after)] == [0, 0, 1]
-
-
-def is_total(key):
-    name = key if isinstance(key, str) else key[0]
-    return name.endswith(("_total", "_count", "_sum", "_bucket"))
 
 
 async def test_a_choice_that_the_engine_gives_up_is_an_error(make_http):
