@@ -163,13 +163,15 @@ async def test_the_page_in_the_docs_names_every_metric_and_its_labels(make_http)
     for family in text_string_to_metric_families(await page_of(http)):
         if family.name.startswith("medusa_"):
             labels = {label for sample in family.samples for label in sample.labels} - {"model_name", "le"}
-            exposed[family.name + "_total" * (family.type == "counter")] = labels
+            # without a sample yet, such as those of API keys, it does not tell its labels
+            exposed[family.name + "_total" * (family.type == "counter")] = labels if family.samples else None
     documented = {}
     for line in DOCS.read_text().splitlines():
         # the first column of a table
         for name, labels in re.findall(r"`(medusa_\w+)(?:\{(.*?)\})?`", line.split(" | ")[0] if line.startswith("| `") else ""):
             documented[name] = set(labels.split(",")) - {""}
-    assert documented == exposed
+    assert set(documented) == set(exposed)
+    assert [name for name, labels in exposed.items() if labels not in (None, documented[name])] == []
 
 
 async def test_a_gateway_finds_the_load_of_an_endpoint(make_http):
