@@ -5,8 +5,8 @@ rows, each once for lanes that all decode greedily and once for lanes that sampl
 with the null lane; its chunks run behind them as a second launch. Results leave the device by a copy of their own, so the next
 step can be launched before they are read.
 
-Steps under grammars wait for masks from the host in their middle (runtime/masked_step.py). They are captured when they are first
-needed, so that a server without grammars has nothing of them.
+Steps under grammars wait for masks from the host in their middle (runtime/masked_step.py). Their draws are launched behind the next
+plan, so that the device has something to do meanwhile.
 
 Without a CUDA device the same steps run uncaptured, in Triton's interpreter; that is how the tests cover them on a CPU.
 """
@@ -84,6 +84,8 @@ class GraphRunner:
             for is_greedy in (True, False)
         }
         self._masked = MaskedSteps(parts, grammars, topology.parents, self._trees, buckets)
+        # the step whose draws wait for masks, until the next plan is launched or its result is read
+        self._waiting: tuple[PendingGraphResult, BegunStep] | None = None
         self._chunk_sizes = chunk_buckets(max_chunk_rows)
         # All ones, but for the lanes with a grammar in the latest step.
         self._chunk_bits_CW = torch.full((MAX_CHUNKS, grammars.num_words), -1, dtype=torch.int32, device=device)
@@ -126,17 +128,24 @@ class GraphRunner:
 
     @torch.inference_mode()
     def submit(self, plan: StepPlan) -> PendingGraphResult:
-        """Apply lane changes, launch the decode groups, then the chunks."""
+        """Apply lane changes, launch the decode groups, then the chunks.
+
+        The host makes masks while the device runs: for the last of the groups that need them behind the launches of the next plan,
+        or when the result is read.
+        """
+        masked = [group for group in plan.decode_groups if group.has_grammar]
+        if self._waiting is not None and (masked or self._waits_for(plan.leaves)):
+            self._end_waiting()
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
-        masked = [group for group in plan.decode_groups if group.has_grammar]
         free = [group for group in plan.decode_groups if not group.has_grammar]
         groups: list[LaunchedGroup] = []
         begun: BegunStep | None = None
-        if masked:
-            # The host makes the first one's masks while the device runs all that is launched before they are needed.
-            beside = next((group for group in free if self._masked.can_share(masked[0], group)), None)
-            begun = self._masked.begin(masked[0], beside)
+        for group in masked:
+            if begun is not None:
+                groups.append(self._end(begun))
+            beside = next((other for other in free if self._masked.can_share(group, other)), None)
+            begun = self._masked.begin(group, beside)
             if beside is not None:
                 free.remove(beside)
                 groups.append(self._collect(beside.lanes, begun.shared))
@@ -147,12 +156,26 @@ class GraphRunner:
             groups += [drawn] if drawn is not None else []
             hidden_TE, project = self._parts.chunk_hidden_TE, self._parts.model.project
             prompt_logprobs += chunk_logprobs(self._lanes, chunks, hidden_TE, project, top_k=topk_rows)
-        for group in masked:
-            begun = begun or self._masked.begin(group, None)
-            groups.append(self._collect(group.lanes, self._masked.end(begun)))
-            begun = None
         is_done = self._record() if groups or prompt_logprobs else None
-        return PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars)
+        before_read = self._end_waiting if begun is not None else None
+        pending = PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars, before_read)
+        self._end_waiting()
+        if begun is not None:
+            self._waiting = pending, begun
+        return pending
+
+    @torch.inference_mode()
+    def _end_waiting(self) -> None:
+        """Launch the draws of the lanes that still wait for masks, if any do."""
+        if self._waiting is not None:
+            (pending, begun), self._waiting = self._waiting, None
+            pending.add(self._end(begun), self._record())
+
+    def _end(self, begun: BegunStep) -> LaunchedGroup:
+        return self._collect(begun.group.lanes, self._masked.end(begun))
+
+    def _waits_for(self, lanes: Sequence[int]) -> bool:
+        return self._waiting is not None and not set(lanes).isdisjoint(self._waiting[1].group.lanes)
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:

@@ -5,7 +5,7 @@ Shapes: B lanes of the step · R columns of a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -32,7 +32,10 @@ class LaunchedGroup:
 
 
 class PendingGraphResult:
-    """A launched step (plan.PendingStep)."""
+    """A launched step (plan.PendingStep), or one of which some lanes still wait for their masks.
+
+    before_read: launches what may not have been launched yet, and calls `add`.
+    """
 
     def __init__(
         self,
@@ -41,15 +44,24 @@ class PendingGraphResult:
         chunks: list[ChunkLogprobs],
         is_done: torch.cuda.Event | None,
         grammars: GrammarLanes,
+        before_read: Callable[[], None] | None,
     ) -> None:
         self._step_id = step_id
         self._grammars = grammars
         self._groups = groups
         self._chunks = chunks
         self._is_done = is_done
+        self._before_read = before_read
+
+    def add(self, group: LaunchedGroup, is_done: torch.cuda.Event | None) -> None:
+        """Lanes that have waited are launched."""
+        self._groups.append(group)
+        self._is_done = is_done
 
     def result(self) -> StepResult:
         """Wait for the step's copies, not for what was launched behind it."""
+        if self._before_read is not None:
+            self._before_read()
         if self._is_done is not None:
             self._is_done.synchronize()
         return StepResult(

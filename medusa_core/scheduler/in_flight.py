@@ -14,6 +14,7 @@ class InFlightStep:
     """What a launched step will report.
 
     requests: by uid, every request with rows in the step. chunks: its prefill, by request. groups: its decode part.
+    has_masked: whether that has lanes with a grammar.
     max_drawn: by uid, the most tokens its result can hold; requests in the middle of their prefill are not here.
     """
 
@@ -21,6 +22,7 @@ class InFlightStep:
     chunks: list[tuple[Request, PrefillChunk]] = field(default_factory=list)
     max_drawn: dict[int, int] = field(default_factory=dict)
     groups: DecodeGroups = ()
+    has_masked: bool = False
 
     def add_chunk(self, request: Request, chunk: PrefillChunk) -> None:
         self.chunks.append((request, chunk))
@@ -46,6 +48,10 @@ class InFlightSteps:
 
     def __len__(self) -> int:
         return len(self._steps)
+
+    @property
+    def has_masked(self) -> bool:
+        return any(step.has_masked for step in self._steps.values())
 
     def launch(self, step_id: int, step: InFlightStep) -> None:
         self._steps[step_id] = step

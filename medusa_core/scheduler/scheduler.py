@@ -198,7 +198,11 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        requests = [request for request in self._lanes.decoding() if not (request.is_surely_finished or _must_wait(request))]
+        # They wait for each other too, so that the host turns to masks in every other step at most.
+        has_masked = self._in_flight.has_masked
+        requests = [
+            request for request in self._lanes.decoding() if not (request.is_surely_finished or _must_wait(request, has_masked))
+        ]
         tree_size = self._choose_tree_size(requests)
         while not self._fits(growing := self._growing(requests, tree_size)):
             if tree_size > 1:
@@ -237,6 +241,7 @@ class Scheduler:
             size = self._size_for(request, tree_size)
             lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
             step.add_draw(request, min(self._max_depth, size - 1) + 1)
+        step.has_masked = any(has_grammar for has_grammar, _ in lanes_by_kind)
         # Lanes with and without a grammar share a launch.
         step.groups = tuple(Counter(self._size_for(request, tree_size) for request in requests).items())
         return [
@@ -372,6 +377,6 @@ class Scheduler:
             self._queue.release(choices[0])
 
 
-def _must_wait(request: Request) -> bool:
-    """What a grammar allows next is known only when all tokens are."""
-    return request.params.grammar is not None and request.num_draws_in_flight > 0
+def _must_wait(request: Request, has_masked: bool) -> bool:
+    """What a grammar allows next is known only when all tokens are. has_masked: lanes with a grammar are in flight."""
+    return request.params.grammar is not None and (has_masked or request.num_draws_in_flight > 0)

@@ -13,6 +13,7 @@ from medusa_core.model.loader import LoadedModel
 from medusa_core.outputs import FinishReason
 from medusa_core.params import Grammar, SamplingParams
 from medusa_core.plan import DecodeGroup
+from medusa_core.request import EngineRequest
 from medusa_core.runtime.masked_step import BegunStep, MaskedSteps
 from tests.equivalence.driver import Output, make_engine, run
 from tests.equivalence.models import EOS_ID, MAX_MODEL_LEN, VOCAB_SIZE, oracle_heads, tiny_model
@@ -159,7 +160,8 @@ def test_kernels_give_the_same_tokens(plain, model, monkeypatch):
     numbers = [NAMES.index(name) for name in names]
     requests = [(prompts()[number], dataclasses.replace(PARAMETERS[NAMES[number]], max_tokens=6)) for number in numbers]
     heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in numbers])
-    core = make_engine(model, heads, mode="captured", max_num_seqs=3, max_step_rows=24, tree_size=8, max_step_tokens=64)
+    lanes = {"max_num_seqs": 3, "max_step_rows": 24, "tree_size": 8, "max_step_tokens": 64}
+    core = make_engine(model, heads, mode="captured", **lanes, max_steps_in_flight=1)
     begin, num_beside = MaskedSteps.begin, []
 
     def count(steps: MaskedSteps, group: DecodeGroup, beside: DecodeGroup | None) -> BegunStep:
@@ -172,6 +174,38 @@ def test_kernels_give_the_same_tokens(plain, model, monkeypatch):
         assert outputs[place, 0].token_ids == plain[number, 0].token_ids[:6], NAMES[number]
     assert [outputs[place, 0].num_accepted > 0 for place in range(len(names))] == [True, True, True, True, False]
     assert {0, 1} <= set(num_beside)
+
+
+def test_a_lane_that_waits_for_its_masks_may_be_given_away(plain, model):
+    names = ["regex, greedy", "free, greedy", "schema, greedy"]
+    numbers = [NAMES.index(name) for name in names]
+    requests = [
+        EngineRequest(
+            request_id=name, prompt_token_ids=prompts()[number], params=dataclasses.replace(PARAMETERS[name], max_tokens=5)
+        )
+        for name, number in zip(names, numbers, strict=True)
+    ]
+    lanes = {"max_num_seqs": 2, "max_step_rows": 8, "tree_size": 4, "max_step_tokens": 64}
+    heads = oracle_heads(model, [prompts()[number] + plain[number, 0].token_ids for number in numbers])
+    core = make_engine(model, heads, mode="captured", **lanes, max_steps_in_flight=1)
+    tokens: dict[str, list[int]] = {name: [] for name in names}
+
+    def step() -> None:
+        for delta in core.step():
+            tokens[delta.request_id] += delta.token_ids
+
+    core.submit(requests[0])
+    core.submit(requests[1])
+    while len(tokens[names[0]]) < 2:
+        step()
+    while core.runner._waiting is None:
+        step()
+    core.abort(names[0])
+    core.submit(requests[2])
+    while core.has_work:
+        step()
+    for name, number in zip(names[1:], numbers[1:], strict=True):
+        assert tokens[name] == plain[number, 0].token_ids[:5], name
 
 
 @pytest.mark.parametrize("mode", ["eager", "captured"])
