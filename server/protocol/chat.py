@@ -143,6 +143,10 @@ class ChatBody(GenerationBody):
     audio: Annotated[Any, only(None)] = None
     moderation: Annotated[Any, only(None)] = None
     web_search_options: Annotated[Any, only(None)] = None
+    # Added by vllm-router, as above. No reasoning is told apart here, so there is none to keep out of the content.
+    separate_reasoning: Annotated[Any, only(None, True)] = None
+    stream_reasoning: Annotated[Any, only(None, True)] = None
+    include_reasoning: Annotated[Any, only(None, True)] = None
 
     @property
     def has_callable_tools(self) -> bool:

@@ -238,6 +238,9 @@ class GenerationBody(Body):
     speculative: Speculative | None = None
 
     prompt_logprobs: Annotated[Any, only(None)] = None
+    # What vllm-router adds to every request that it passes on: values that ask for nothing.
+    no_stop_trim: Annotated[Any, only(None, False)] = None
+    return_hidden_states: Annotated[Any, only(None, False)] = None
 
     @property
     def num_logprobs(self) -> int | None:
