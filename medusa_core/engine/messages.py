@@ -125,6 +125,8 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 StartOutcome: TypeAlias = Ready | StartFailed
+# A StartOutcome comes through a pipe, behind its length as a big-endian integer of so many bytes.
+LENGTH_BYTES = 4
 
 
 def engine_failure() -> MedusaError:

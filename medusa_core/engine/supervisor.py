@@ -18,7 +18,7 @@ import msgspec
 from medusa_core.config import EngineConfig
 from medusa_core.engine.environment import ENGINE_ENVIRONMENT
 from medusa_core.engine.logs import LogFormat
-from medusa_core.engine.messages import Ready, StartFailed, StartOutcome, WorkerSpec
+from medusa_core.engine.messages import LENGTH_BYTES, Ready, StartFailed, StartOutcome, WorkerSpec
 from medusa_core.errors import EngineError, MedusaError
 
 logger = logging.getLogger(__name__)
@@ -76,12 +76,15 @@ class WorkerProcess:
         self._process.stdin.write(msgspec.json.encode(self._spec) + b"\n")
         with contextlib.suppress(ConnectionError):  # it died already: the empty outcome below says so
             await self._process.stdin.drain()
-        payload = await self._process.stdout.read()
-        if not payload:
+        try:
+            # Not up to the end of the stream: uvloop leaves the worker a second handle of its own end, so that none would come.
+            length = int.from_bytes(await self._process.stdout.readexactly(LENGTH_BYTES), "big")
+            payload = await self._process.stdout.readexactly(length)
+        except asyncio.IncompleteReadError as error:
             exit_code = await self.wait()
             raise EngineError(
                 f"The engine process died while it loaded ({describe_exit(exit_code)}).", hint="Its log has the cause."
-            )
+            ) from error
         outcome: StartOutcome = msgspec.msgpack.decode(payload, type=StartOutcome)
         if isinstance(outcome, StartFailed):
             raise outcome.error.rebuild()

@@ -26,6 +26,7 @@ from medusa_core.engine.core import EngineCore
 from medusa_core.engine.logs import adopt_library_logs, configure_logging
 from medusa_core.engine.loop import EngineLoop, FrontEndLostError
 from medusa_core.engine.messages import (
+    LENGTH_BYTES,
     Command,
     Event,
     Failed,
@@ -160,7 +161,8 @@ def _tame_garbage_collector() -> None:
 
 
 def _report(outcome_pipe: BinaryIO, outcome: StartOutcome) -> None:
-    outcome_pipe.write(msgspec.msgpack.encode(outcome))
+    payload = msgspec.msgpack.encode(outcome)
+    outcome_pipe.write(len(payload).to_bytes(LENGTH_BYTES, "big") + payload)
     outcome_pipe.close()
 
 

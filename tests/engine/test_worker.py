@@ -15,6 +15,7 @@ import pytest
 import zmq
 import zmq.asyncio
 
+from medusa_core.engine import supervisor
 from medusa_core.engine.loop import FrontEndLostError
 from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit
 from medusa_core.engine.supervisor import WorkerProcess
@@ -56,6 +57,16 @@ async def test_a_killed_worker_ends_live_requests_and_is_replaced(client: Worker
     await until(lambda: client.is_ready)
     assert client.worker_pid != first_pid
     assert tokens_of(await collect(client, make_request("0", [6], max_tokens=2))) == [6, 6]
+
+
+async def test_a_worker_may_hold_its_pipe_twice(monkeypatch):
+    """As under uvloop: the pipe then has no end while the worker lives."""
+    monkeypatch.setattr(supervisor, "_BOOTSTRAP", f"import os; os.dup(1); {supervisor._BOOTSTRAP}")
+    client = make_worker_client(make_config())
+    async with asyncio.timeout(60):
+        await client.start()
+    assert tokens_of(await collect(client, make_request("a", [6], max_tokens=2))) == [6, 6]
+    await client.close()
 
 
 async def test_a_failing_engine_is_replaced_again_and_again(client: WorkerClient):
