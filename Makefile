@@ -18,8 +18,10 @@ HAS_TORCH := -c 'import torch; v = tuple(map(int, torch.__version__.split(".")[:
 
 # Packages of others that talk to a server, whose dependencies do not go with the project's or with each other's.
 CLIENTS := build/clients
+# The same for what runs several servers as one.
+SCALE := build/scale
 
-.PHONY: install serve test test-all clients check clean
+.PHONY: install serve test test-all clients scale check clean
 
 install: .venv/.installed
 
@@ -36,7 +38,7 @@ serve: install
 test: install
 	$(BIN)/python -m pytest -m "not long and not cuda"
 
-test-all: test clients
+test-all: test clients scale
 	$(BIN)/python -m pytest -m "long or cuda"
 
 clients: $(CLIENTS)/python/.installed $(CLIENTS)/lm-eval/.installed $(CLIENTS)/node/.installed
@@ -51,6 +53,21 @@ $(CLIENTS)/node/.installed: tests/e2e/clients/package.json
 	cp $< $(@D)
 	if command -v npm; then cd $(@D) && npm install --no-package-lock && touch .installed; \
 	else echo "npm is not installed: the test of OpenAI's client for Node will be skipped"; fi
+
+scale: $(SCALE)/router/.installed $(SCALE)/ray/.installed
+
+$(SCALE)/router/.installed: tests/scale/router.txt
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --no-compile -r $<
+	touch $@
+
+# Ray loads the server into its own processes, so this one sees the project's packages too; pip adds what they lack.
+$(SCALE)/ray/.installed: tests/scale/ray.txt .venv/.installed
+	$(BIN)/python -m venv --system-site-packages $(@D)
+	$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(" + repr(sysconfig.get_path("purelib")) + ")")' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	$(@D)/bin/python -m pip install --no-compile -r $<
+	touch $@
 
 check: install
 	$(BIN)/ruff check .

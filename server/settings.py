@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, NoReturn, Union, get_args, get_origin
 
 from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
@@ -182,7 +182,11 @@ def load_settings(arguments: Sequence[str]) -> ServerSettings:
 
     Raises ConfigError naming the first wrong option. Unknown flags and --help end the process, as argparse does, with a sentence.
     """
-    given = vars(_parser().parse_args(arguments))
+    return check_settings(vars(_parser().parse_args(arguments)))
+
+
+def check_settings(given: Mapping[str, Any]) -> ServerSettings:
+    """Settings from values by field name, then variables, then defaults. Raises ConfigError naming the first wrong option."""
     try:
         return ServerSettings(**given)
     except ValidationError as error:
