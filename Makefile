@@ -21,7 +21,7 @@ CLIENTS := build/clients
 # The same for what runs several servers as one.
 SCALE := build/scale
 
-.PHONY: install serve test test-all clients scale check clean
+.PHONY: install serve test test-all clients scale check lock audit clean
 
 install: .venv/.installed
 
@@ -74,6 +74,13 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What the images are made of. LOCK_ARGS=--upgrade takes the newest versions that pyproject.toml admits.
+lock: install
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python deploy/locks/lock.py $(LOCK_ARGS)
+
+audit: install
+	PATH=$(CURDIR)/$(BIN):$$PATH $(BIN)/python deploy/locks/audit.py
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""The deployment files agree with each other and with what the server exposes."""
+"""Grafana's files agree with each other, with compose and with what the server exposes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import yaml
 from prometheus_client import CollectorRegistry
 
 from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics
-from server.settings import ServerSettings
 from tests.server.fakes import INFO
 
 ROOT = Path(__file__).parents[2]
@@ -49,36 +48,6 @@ def expressions(dashboard: Path) -> list[str]:
     return [target["expr"] for panel in panels for target in panel.get("targets", ())]
 
 
-def test_mounted_files_exist(services):
-    mounts = [volume.split(":")[0] for service in services.values() for volume in service["volumes"]]
-    paths = [mount for mount in mounts if mount.startswith(".")]
-    assert paths
-    assert [path for path in paths if not (ROOT / path).exists()] == []
-
-
-def test_named_volumes_are_declared(services):
-    mounts = {volume.split(":")[0] for service in services.values() for volume in service["volumes"]}
-    assert {mount for mount in mounts if not mount.startswith(".")} == set(load_yaml("docker-compose.yml")["volumes"])
-
-
-def test_images_that_are_pulled_are_pinned_by_tag(services):
-    for service in services.values():
-        assert re.search(r":v?\d+\.\d+\.\d+$", service["image"])
-
-
-def test_the_container_outlives_the_drain(services):
-    drain_s = ServerSettings.model_fields["drain_timeout_s"].default
-    assert int(services["server"]["stop_grace_period"].removesuffix("s")) > drain_s
-
-
-def test_prometheus_scrapes_the_service(services):
-    jobs = load_yaml("deploy/prometheus/prometheus.yml")["scrape_configs"]
-    targets = [target for job in jobs for config in job["static_configs"] for target in config["targets"]]
-    assert targets == ["server:8000"]
-    assert services["server"]["ports"] == ["8000:8000"]
-    assert "EXPOSE 8000" in (ROOT / "Dockerfile").read_text()
-
-
 def test_grafana_finds_its_dashboards_and_data_source(services):
     grafana = services["grafana"]
     mounted_at = {source: target for source, target, _ in (v.split(":") for v in grafana["volumes"] if v.startswith("."))}
@@ -113,9 +82,3 @@ def test_panels_have_ids_of_their_own_and_do_not_overlap(dashboard):
     ]
     assert len(set(cells)) == len(cells)
     assert max(x for x, _ in cells) < 24
-
-
-def test_the_image_builds_from_what_the_build_context_holds():
-    kept = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
-    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), flags=re.MULTILINE)
-    assert {name for line in copied for name in line.split()} == kept
