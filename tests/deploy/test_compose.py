@@ -63,11 +63,9 @@ class TestEveryVariant:
     def test_prometheus_scrapes_every_server_and_the_router(self, arguments):
         services = compose_services(*arguments)
         (prometheus,) = (service for service in services.values() if service["image"].startswith("prom/prometheus:"))
-        (mount,) = (volume for volume in prometheus["volumes"] if volume["type"] == "bind")
-        flags = dict(flag.split("=", 1) for flag in prometheus["command"])
-        config = Path(flags["--config.file"]).relative_to(mount["target"])
-        jobs = load_yaml(str((Path(mount["source"]) / config).relative_to(ROOT)))["scrape_configs"]
-        targets = {target for job in jobs for config in job["static_configs"] for target in config["targets"]}
+        (config,) = (v for v in prometheus["volumes"] if v["target"] == "/etc/prometheus/prometheus.yml")
+        jobs = load_yaml(str(Path(config["source"]).relative_to(ROOT)))["scrape_configs"]
+        targets = {target for job in jobs for static in job["static_configs"] for target in static["targets"]}
         ports = {"router": 29000}
         assert targets == {f"{name}:{ports.get(name, 8000)}" for name, service in services.items() if "build" in service}
 

@@ -103,13 +103,17 @@ class TestReferences:
 
     def test_every_service_is_scraped_on_a_port_that_it_has(self, overlay):
         services = of_kind(overlay, "Service")
-        scraped = []
+        scraped = {}
         for monitor in of_kind(overlay, "ServiceMonitor").values():
             (service,) = selected(monitor["spec"]["selector"]["matchLabels"], list(services.values()))
             (endpoint,) = monitor["spec"]["endpoints"]
             assert endpoint["port"] in {port["name"] for port in service["spec"]["ports"]}
-            scraped.append(service["metadata"]["name"])
-        assert sorted(scraped) == sorted(services)
+            labels = service["metadata"]["labels"]
+            job = labels[monitor["spec"]["jobLabel"]] if "jobLabel" in monitor["spec"] else service["metadata"]["name"]
+            scraped[service["metadata"]["name"]] = job
+        assert set(scraped) == set(services)
+        # As in compose; alerts take jobs named medusa... for servers.
+        assert [name for name, job in scraped.items() if job.startswith("medusa")] == ["medusa-server"]
 
     def test_what_pods_take_from_the_cluster_exists(self, overlay):
         maps, claims = of_kind(overlay, "ConfigMap"), of_kind(overlay, "PersistentVolumeClaim")

@@ -21,7 +21,8 @@ import yaml
 from tests.deploy.deployment import ROOT, dockerfile_stages, run_tool
 from tests.deploy.test_entry_points import free_port
 
-START_TIMEOUT_S = 240
+# Against hanging; tests share small machines, and the model is unpacked anew.
+START_TIMEOUT_S = 480
 
 
 def has_namespaces() -> bool:
