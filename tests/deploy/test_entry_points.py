@@ -22,7 +22,7 @@ from tests.deploy.deployment import ROOT, TOOLS, compose_services, dockerfile_st
 
 HEALTH_CHECK = [sys.executable, str(ROOT / "deploy/docker/healthcheck.py")]
 # vllm-router has dependencies of its own, so it is installed apart.
-ROUTER = shutil.which("vllm-router", path=f"{TOOLS}:{ROOT / 'build/clients/router/bin'}")
+ROUTER = shutil.which("vllm-router", path=f"{TOOLS}:{ROOT / 'build/scale/router/bin'}")
 START_TIMEOUT_S = 60
 
 
@@ -91,7 +91,7 @@ def test_a_server_turns_healthy_and_drains_on_the_stop_signal(profile, name):
         assert process.wait(timeout=30) == 0
 
 
-@pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed: `make clients` does it")
+@pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed: `make scale` does it")
 def test_the_router_turns_healthy_once_a_worker_is_and_passes_requests_on(tmp_path):
     import httpx
 
