@@ -27,7 +27,7 @@ SCHEMAS = {path.stem: json.loads(path.read_text()) for path in (ROOT / "tests/de
 # The oldest with the `sleep` hook on by default, and the newest that there are schemas of.
 VERSIONS = ("1.30", "1.37")
 # Made by hand, as README.md says.
-SECRET = "medusa-secrets"
+SECRETS = {"medusa-keys", "medusa-hub"}
 
 Resource = dict[str, Any]
 
@@ -121,7 +121,11 @@ class TestReferences:
             sources = [source for container in pod["spec"]["containers"] for source in container.get("envFrom", ())]
             volumes = pod["spec"]["volumes"]
             assert {s["configMapRef"]["name"] for s in sources if "configMapRef" in s} <= set(maps)
-            assert {s["secretRef"]["name"] for s in sources if "secretRef" in s} <= {SECRET}
+            variables = [
+                v["valueFrom"] for container in pod["spec"]["containers"] for v in container.get("env", ()) if "valueFrom" in v
+            ]
+            secrets = {v["secretKeyRef"]["name"] for v in variables if "secretKeyRef" in v}
+            assert secrets | {volume["secret"]["secretName"] for volume in volumes if "secret" in volume} <= SECRETS
             assert {volume["configMap"]["name"] for volume in volumes if "configMap" in volume} <= set(maps)
             claimed = {v["persistentVolumeClaim"]["claimName"] for v in volumes if "persistentVolumeClaim" in v}
             assert claimed <= set(claims)
@@ -182,6 +186,14 @@ class TestServer:
             monkeypatch.setenv(name, value)
         ServerSettings()
 
+    def test_the_server_asks_for_keys_that_come_from_a_secret_which_must_exist(self, overlay):
+        deployment, container = server_of(overlay)
+        (options,) = (data["data"] for name, data in of_kind(overlay, "ConfigMap").items() if name.startswith("medusa-options"))
+        (mount,) = (mount for mount in container["volumeMounts"] if mount["name"] == "keys")
+        assert options["MEDUSA_API_KEY_FILE"] == f"{mount['mountPath']}/keys.toml"
+        (volume,) = (volume for volume in deployment["spec"]["template"]["spec"]["volumes"] if volume["name"] == "keys")
+        assert not volume["secret"].get("optional")
+
     def test_probes_ask_routes_that_the_server_has_on_its_port(self, overlay):
         _, container = server_of(overlay)
         paths = create_app(FakeClient(), lambda info: FakeText(), ServerSettings()).openapi()["paths"]
@@ -203,7 +215,7 @@ class TestServer:
     def test_what_the_image_writes_is_mounted(self, overlay):
         """The image's volume, the compiled kernels, and /tmp: test_read_only.py shows that it is no more."""
         _, container = server_of(overlay)
-        mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+        mounts = {mount["mountPath"] for mount in container["volumeMounts"] if not mount.get("readOnly")}
         stage = dockerfile_stages()["cuda"]
         assert mounts == {stage.last("VOLUME"), "/tmp"}
         kernels = next(rest for name, rest in stage.instructions if name == "ENV" and "TRITON_CACHE_DIR" in rest)

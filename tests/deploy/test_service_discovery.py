@@ -96,7 +96,7 @@ def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, m
     (container,) = manifest("Deployment", "medusa-router")["spec"]["template"]["spec"]["containers"]
     template = manifest("Deployment", "medusa-server")["spec"]["template"]
     port, metrics_port = free_port(), free_port()
-    with serve_in_thread(FakeClient()) as url, running_api([pod(template, "medusa-server-1")]) as api:
+    with serve_in_thread(FakeClient(), api_key=("key",)) as url, running_api([pod(template, "medusa-server-1")]) as api:
         replacements = {"$(NAMESPACE)": NAMESPACE, "port=8000": f"port={httpx.URL(url).port}", "29000": str(metrics_port)}
         arguments = container["args"]
         for old, new in replacements.items():
@@ -112,7 +112,11 @@ def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, m
         readiness = ["CMD", "healthcheck", f"http://127.0.0.1:8000{container['readinessProbe']['httpGet']['path']}"]
         with running([ROUTER, "--host", "127.0.0.1", "--port", str(port), *arguments]) as router:
             wait_until_healthy(readiness, port, router)
-            assert httpx.get(f"http://127.0.0.1:{port}/v1/models", trust_env=False).json()["data"][0]["id"] == "tiny"
+            with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
+                models = http.get("/v1/models", headers={"authorization": "Bearer key"})
+                assert models.json()["data"][0]["id"] == "tiny"
+                # Clients' keys are passed on, and it is the servers that ask for them.
+                assert http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
             api.is_deleted.set()
             deadline = time.monotonic() + START_TIMEOUT_S
             while check_health(readiness, port) == 0:
