@@ -91,6 +91,8 @@ def test_a_server_turns_healthy_and_drains_on_the_stop_signal(profile, name):
         assert process.wait(timeout=30) == 0
 
 
+# Short, and among the long ones because `make test` does not install the router.
+@pytest.mark.long
 @pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed: `make scale` does it")
 def test_the_router_turns_healthy_once_a_worker_is_and_passes_requests_on(tmp_path):
     import httpx

@@ -91,6 +91,8 @@ def running_api(pods: list[dict]):
         server.server_close()
 
 
+# Short, and among the long ones because `make test` does not install the router.
+@pytest.mark.long
 @pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed: `make scale` does it")
 def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, monkeypatch):
     (container,) = manifest("Deployment", "medusa-router")["spec"]["template"]["spec"]["containers"]
