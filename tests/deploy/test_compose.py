@@ -60,14 +60,15 @@ class TestEveryVariant:
         names = set(services) | {alias for network in networks.values() for alias in network.get("aliases", ())}
         assert re.fullmatch(r"http://([\w-]+):9090", url)[1] in names
 
-    def test_prometheus_scrapes_every_server_and_the_router(self, arguments):
+    def test_prometheus_scrapes_every_server_and_the_router_and_finds_its_rules(self, arguments):
         services = compose_services(*arguments)
         (prometheus,) = (service for service in services.values() if service["image"].startswith("prom/prometheus:"))
-        (config,) = (v for v in prometheus["volumes"] if v["target"] == "/etc/prometheus/prometheus.yml")
-        jobs = load_yaml(str(Path(config["source"]).relative_to(ROOT)))["scrape_configs"]
-        targets = {target for job in jobs for static in job["static_configs"] for target in static["targets"]}
+        mounts = {volume["target"]: volume["source"] for volume in prometheus["volumes"]}
+        config = load_yaml(str(Path(mounts["/etc/prometheus/prometheus.yml"]).relative_to(ROOT)))
+        targets = {target for job in config["scrape_configs"] for static in job["static_configs"] for target in static["targets"]}
         ports = {"router": 29000}
         assert targets == {f"{name}:{ports.get(name, 8000)}" for name, service in services.items() if "build" in service}
+        assert {f"/etc/prometheus/{Path(pattern).parent}" for pattern in config.get("rule_files", ())} <= set(mounts)
 
 
 def test_the_default_is_one_server_and_the_profile_scale_two_workers_and_a_router():
