@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections import Counter
 from typing import Protocol
 
 import msgspec
 
 from medusa_core.engine.core import EngineCore
-from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit, WireError, engine_failure
+from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit, WireError, engine_failure
 from medusa_core.errors import CapacityError, InvalidParameterError, RequestError
 from medusa_core.outputs import TokenDelta
 
@@ -54,8 +55,9 @@ class EngineLoop:
     def __init__(self, core: EngineCore, transport: Transport) -> None:
         self._core = core
         self._transport = transport
-        self._front_ends: set[bytes] = set()
         self._routes: dict[str, _Route] = {}
+        # live requests of each front end that has any
+        self._num_live: Counter[bytes] = Counter()
 
     def run(self) -> bool:
         """Run until the transport is closed (True) or the engine fails (False); then the live requests have been told."""
@@ -69,19 +71,20 @@ class EngineLoop:
         return True
 
     def _fail(self) -> None:
-        for front_end in self._front_ends:
+        for front_end in list(self._num_live):
             with contextlib.suppress(FrontEndLostError):
                 self._transport.send(front_end, Failed(WireError.of(engine_failure())))
 
     def _turn(self) -> None:
         deltas: list[TokenDelta] = []
         for front_end, command in self._transport.receive(is_blocking=not self._core.has_work):
-            self._front_ends.add(front_end)
             match command:
                 case Submit():
                     self._submit(front_end, command)
                 case Abort():
                     deltas += self._core.abort(_core_id(front_end, command.request_id), command.choice_idx)
+                case Query():
+                    self._send(front_end, Outputs([], self._core.stats()))
         if self._core.has_work:
             deltas += self._core.step()
         self._publish(deltas)
@@ -97,10 +100,11 @@ class EngineLoop:
             self._send(front_end, Rejected(request.request_id, WireError.of(error)))
         else:
             self._routes[core_id] = _Route(front_end, request.request_id, request.params.n)
+            self._num_live[front_end] += 1
 
     def _publish(self, deltas: list[TokenDelta]) -> None:
-        """One message per front end and step. It goes out even without deltas, so that every front end's counters are fresh."""
-        batches: dict[bytes, list[TokenDelta]] = {front_end: [] for front_end in self._front_ends}
+        """One message per step to each front end with live requests, even without deltas, so that its counters are fresh."""
+        batches: dict[bytes, list[TokenDelta]] = {front_end: [] for front_end in self._num_live}
         for delta in deltas:
             route = self._routes.get(delta.request_id)
             if route is None:
@@ -109,7 +113,7 @@ class EngineLoop:
             if delta.finish_reason is not None:
                 route.num_open -= 1
                 if route.num_open == 0:
-                    del self._routes[delta.request_id]
+                    self._forget(delta.request_id)
         stats = self._core.stats()
         for front_end, batch in batches.items():
             self._send(front_end, Outputs(batch, stats))
@@ -124,9 +128,14 @@ class EngineLoop:
         core_ids = [core_id for core_id, route in self._routes.items() if route.front_end == front_end]
         logger.warning("front end %s %s; aborting its %d requests", front_end.hex(), reason, len(core_ids))
         for core_id in core_ids:
-            del self._routes[core_id]
+            self._forget(core_id)
             self._core.abort(core_id)
-        self._front_ends.discard(front_end)
+
+    def _forget(self, core_id: str) -> None:
+        front_end = self._routes.pop(core_id).front_end
+        self._num_live[front_end] -= 1
+        if self._num_live[front_end] == 0:
+            del self._num_live[front_end]
 
 
 def _core_id(front_end: bytes, request_id: str) -> str:

@@ -2,7 +2,7 @@
 
 ::
 
-    front end ── Submit, Abort ──────────────▶ engine loop      (commands)
+    front end ── Submit, Abort, Query ───────▶ engine loop      (commands)
     front end ◀── Outputs, Rejected, Failed ── engine loop      (events)
 
     parent ── WorkerSpec ────────────▶ worker process           (JSON line on its stdin)
@@ -65,6 +65,10 @@ class Abort(msgspec.Struct, frozen=True, tag=True):
     choice_idx: int | None = None
 
 
+class Query(msgspec.Struct, frozen=True, tag=True):
+    """Answered by Outputs without deltas, before the next step."""
+
+
 class Outputs(msgspec.Struct, frozen=True, tag=True):
     """All that one step emitted for one front end (possibly nothing), and the engine's counters after it."""
 
@@ -85,7 +89,7 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     error: WireError
 
 
-Command: TypeAlias = Submit | Abort
+Command: TypeAlias = Submit | Abort | Query
 Event: TypeAlias = Outputs | Rejected | Failed
 
 

@@ -7,7 +7,7 @@ import copy
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 
-from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit
+from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit
 from medusa_core.errors import EngineNotReadyError, InvalidParameterError, MedusaError
 from medusa_core.outputs import EngineStats, TokenDelta
 from medusa_core.request import EngineRequest
@@ -69,6 +69,7 @@ class Streams:
     def __init__(self) -> None:
         self._send: Send | None = None
         self._streams: dict[str, _Stream] = {}
+        self._refreshers: list[asyncio.Future[None]] = []
         self.stats = EngineStats()
 
     @property
@@ -84,6 +85,7 @@ class Streams:
         """The engine is gone: every live request ends with `error`, and the counters start over with the next engine."""
         self._send = None
         self.stats = EngineStats()
+        self._end_refresh()
         self._fail_all(error)
 
     async def generate(self, request: EngineRequest) -> AsyncIterator[TokenDelta]:
@@ -122,11 +124,20 @@ class Streams:
         if self._send is not None and request_id in self._streams:
             self._send(Abort(request_id, choice_idx))
 
+    async def refresh(self) -> None:
+        """As PeerClient.refresh."""
+        if self._send is not None:
+            refresher: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._refreshers.append(refresher)
+            self._send(Query())
+            await refresher
+
     def receive(self, event: Event) -> None:
         """Pass an event of the engine on to the readers it concerns."""
         match event:
             case Outputs():
                 self.stats = event.stats
+                self._end_refresh()
                 for delta in event.deltas:
                     self._deliver(delta)
             case Rejected():
@@ -157,6 +168,12 @@ class Streams:
             stream.num_open -= 1
             if stream.num_open == 0:
                 del self._streams[delta.request_id]
+
+    def _end_refresh(self) -> None:
+        for refresher in self._refreshers:
+            if not refresher.done():
+                refresher.set_result(None)
+        self._refreshers.clear()
 
     def _fail_all(self, error: MedusaError) -> None:
         for stream in self._streams.values():

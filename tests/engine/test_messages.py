@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from medusa_core.config import EngineConfig, ModelConfig, SpeculationConfig
-from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit, WireError, WorkerSpec
+from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit, WireError, WorkerSpec
 from medusa_core.errors import MedusaError, ModelLoadError, RequestError
 from medusa_core.outputs import EngineStats, FinishReason, TokenDelta
 from medusa_core.params import Grammar, SamplingParams
@@ -66,6 +66,7 @@ def test_an_error_class_the_receiver_may_not_know_crosses_as_its_base():
         ),
         Abort("a"),
         Abort("a", 2),
+        Query(),
     ],
 )
 def test_commands_survive_the_wire(command):

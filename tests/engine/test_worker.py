@@ -17,7 +17,7 @@ import zmq.asyncio
 
 from medusa_core.engine import supervisor
 from medusa_core.engine.loop import FrontEndLostError
-from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Rejected, Submit
+from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit
 from medusa_core.engine.supervisor import WorkerProcess
 from medusa_core.engine.worker import RouterTransport
 from medusa_core.engine.worker_client import WorkerClient
@@ -268,6 +268,31 @@ async def test_a_front_end_that_disappears_frees_its_requests(connect: Callable[
             if event.stats.num_running == 1:
                 break
     assert await staying.tokens(5) == [6] * 5
+
+
+async def test_the_last_front_end_frees_its_requests_too_when_it_disappears(connect: Callable[[], FrontEnd]):
+    """Nobody else has requests, so nobody else would be told of a step."""
+    asking, leaving = connect(), connect()
+    await leaving.send(Submit(make_request("same id", [5], max_tokens=5000, n=3)))
+    await leaving.tokens(1)
+    leaving.socket.close(linger=0)
+    async with asyncio.timeout(20):
+        num_running = 3
+        while num_running:
+            await asking.send(Query())
+            num_running = (await asking.receive()).stats.num_running
+
+
+async def test_a_front_end_without_requests_is_told_of_no_steps_but_may_ask(connect: Callable[[], FrontEnd]):
+    idle, busy = connect(), connect()
+    await idle.send(Submit(make_request("same id", [5], max_tokens=1)))
+    await idle.tokens(1)
+    await busy.send(Submit(make_request("same id", [6], max_tokens=20)))
+    assert await busy.tokens(20) == [6] * 20
+    await idle.send(Query())
+    event = await idle.receive()
+    assert isinstance(event, Outputs)
+    assert event.stats.num_steps_total == 21
 
 
 async def test_a_message_that_cannot_be_read_disturbs_nobody(connect: Callable[[], FrontEnd]):
