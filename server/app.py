@@ -22,7 +22,7 @@ from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_resp
 from server.limits import RATE_LIMIT_HEADERS
 from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
 from server.routes import chat, completions, health, metrics, models, responses, tokenization
-from server.serving import Serving, TextLoader
+from server.serving import Serving, Siblings, TextLoader
 from server.settings import ServerSettings
 from server.tracing import otlp_tracer
 
@@ -38,15 +38,21 @@ def log_load_failure(task: asyncio.Task[None]) -> None:
 
 
 def create_app(
-    client: EngineClient, load_text: TextLoader, settings: ServerSettings, *, on_load_end: LoadCallback = log_load_failure
+    client: EngineClient,
+    load_text: TextLoader,
+    settings: ServerSettings,
+    *,
+    on_load_end: LoadCallback = log_load_failure,
+    siblings: Siblings | None = None,
 ) -> FastAPI:
     """An app that owns `client`: its lifespan starts the engine in the background and closes it.
 
     load_text: makes the text processor of a loaded engine, whose tokenizer is known only then.
     on_load_end: called with the finished task of the first load, whose exception tells why it failed.
+    siblings: where this is one of several front ends.
     """
     tracer = None if settings.otlp_traces_endpoint is None else otlp_tracer(settings.otlp_traces_endpoint)
-    serving = Serving(client, load_text, settings, tracer=tracer)
+    serving = Serving(client, load_text, settings, siblings, tracer=tracer)
     app = FastAPI(
         title="medusa-server",
         version=__version__,
@@ -83,6 +89,8 @@ def _lifespan(serving: Serving, on_load_end: LoadCallback) -> Callable[[FastAPI]
         loading = asyncio.create_task(serving.load())
         loading.add_done_callback(on_load_end)
         try:
+            if serving.siblings is not None and serving.siblings.is_late:
+                await asyncio.wait({loading})
             yield
         finally:
             loading.cancel()

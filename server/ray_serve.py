@@ -36,8 +36,7 @@ from medusa_core.errors import ConfigError, EngineDeadError
 from server.app import create_app
 from server.connection import connection_options
 from server.errors import http_error_response, json_response
-from server.main import text_loader
-from server.serving import Serving
+from server.serving import Serving, text_loader
 from server.settings import ServerSettings, check_settings
 
 # Options of the server that Ray has its own for, and where.

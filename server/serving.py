@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from prometheus_client import CollectorRegistry
 
 from medusa_core.engine.client import EngineClient
+from medusa_core.engine.logs import adopt_library_logs
 from medusa_core.errors import DrainingError, EngineNotReadyError
-from medusa_core.outputs import EngineInfo
-from medusa_core.text import TextProcessor
+from medusa_core.outputs import EngineInfo, EngineStats
+from medusa_core.text import TextProcessor, import_tokenizers
 from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
 from server.limits import InMemoryLimiter, RateLimiter
-from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info
+from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info, render
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -28,6 +31,55 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 TextLoader = Callable[[EngineInfo], TextProcessor]
+
+
+def text_loader(settings: ServerSettings) -> TextLoader:
+    """Loads tokenizer and chat template from the folder that the engine names.
+
+    Its libraries are imported in a thread meanwhile, as the engine's process takes longer to load the model.
+    """
+    threading.Thread(target=_import_tokenizers, name="import-tokenizers", daemon=True).start()
+
+    def load(info: EngineInfo) -> TextProcessor:
+        return TextProcessor.load(
+            info.tokenizer_path, chat_template=settings.chat_template, trust_remote_code=settings.trust_remote_code
+        )
+
+    return load
+
+
+def _import_tokenizers() -> None:
+    # What goes wrong here is told when the text is loaded.
+    with contextlib.suppress(ImportError):
+        import_tokenizers()
+        adopt_library_logs()
+
+
+def served_names(settings: ServerSettings, info: EngineInfo) -> tuple[str, ...]:
+    """Ids under which clients may ask for the model; the first one labels metrics."""
+    return tuple(settings.served_model_name) or (info.model_name,)
+
+
+class Siblings(Protocol):
+    """The front ends before one engine, as one of them sees them.
+
+    created: Unix time that all of them tell as the model's. is_late: the others answer already, so this one takes connections only
+    once it has loaded. limiter: counts what all of them admit.
+    """
+
+    created: int
+    is_late: bool
+
+    @property
+    def limiter(self) -> RateLimiter: ...
+
+    async def all_loaded(self) -> None:
+        """Say that this one has loaded, and return when all have."""
+        ...
+
+    async def metrics_page(self) -> bytes:
+        """What /metrics says of all of them."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +111,8 @@ class Serving:
     client: EngineClient
     load_text: TextLoader
     settings: ServerSettings
+    # None: this is the only front end
+    siblings: Siblings | None = None
     # what this front end counts itself, and what the engine tells all of them
     registry: CollectorRegistry = field(default_factory=CollectorRegistry)
     engine_registry: CollectorRegistry = field(default_factory=CollectorRegistry)
@@ -68,11 +122,11 @@ class Serving:
     is_draining: bool = False
     # HTTP requests being answered now; the drain waits for 0
     num_active: int = 0
-    limiter: RateLimiter = field(default_factory=InMemoryLimiter)
     tracer: RequestTracer | None = None
 
     def __post_init__(self) -> None:
         self.keyring = self.settings.keyring()
+        self.limiter = InMemoryLimiter() if self.siblings is None else self.siblings.limiter
         self.http_metrics = HttpMetrics(self.registry)
         register_build_info(self.engine_registry)
         # Long prompts stall neither running streams nor, up to this many of them, the prompts that come after.
@@ -83,14 +137,27 @@ class Serving:
         try:
             info = await self.client.start()
             text = await asyncio.get_running_loop().run_in_executor(self.text_threads, self.load_text, info)
+            if self.siblings is not None:
+                await self.siblings.all_loaded()
         finally:
             self.is_loading = False
-        names = tuple(self.settings.served_model_name) or (info.model_name,)
+        names = served_names(self.settings, info)
         metrics = GenerationMetrics(self.registry, model_name=names[0], max_depth=info.max_depth, max_model_len=info.max_model_len)
         engine_metrics = EngineMetrics(self.engine_registry, model_name=names[0], info=info)
         tool_format = find_tool_format(self.settings.tool_call_parser, text.chat_template_text)
-        self.model = ServedModel(info, text, metrics, engine_metrics, names, created=int(time.time()), tool_format=tool_format)
+        created = int(time.time()) if self.siblings is None else self.siblings.created
+        self.model = ServedModel(info, text, metrics, engine_metrics, names, created=created, tool_format=tool_format)
         logger.info("Ready: %s (%s on %s, context %d)", names[0], info.dtype, info.device, info.max_model_len)
+
+    async def metrics_page(self) -> bytes:
+        """What /metrics says: of HTTP from the start, of the engine once the model is loaded. Of all front ends."""
+        if self.siblings is not None:
+            return await self.siblings.metrics_page()
+        if self.model is not None:
+            # A dead engine runs nothing, whatever its last snapshot said; its totals start again at 0.
+            self.model.engine_metrics.update(self.client.stats if self.client.is_ready else EngineStats())
+        has_vllm_names = not self.settings.no_vllm_metrics
+        return render(self.registry.collect(), self.engine_registry.collect(), has_vllm_names=has_vllm_names)
 
     async def close(self) -> None:
         self.text_threads.shutdown(wait=False, cancel_futures=True)

@@ -64,6 +64,7 @@ class ServerSettings(BaseSettings):
 
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_workers: int = Field(1, ge=1, le=64, description="processes that answer HTTP, before one engine; more where one is busy")
 
     model: str | None = Field(None, description="hub id, local folder or GGUF file; without it the demo model")
     heads: str | None = Field(None, description="hub id, folder or file with Medusa heads; 'none' serves without heads")

@@ -89,9 +89,45 @@ class Dealer:
         self._socket.send(self._encode(message))  # without a limit it is queued at once; there is nothing to wait for
         self._reader.wake()
 
+    def close(self, *, linger_ms: int = 0) -> None:
+        """linger_ms: how long messages may still take to leave."""
+        self._reader.close()
+        self._context.destroy(linger=linger_ms)
+
+    def _take(self) -> None:
+        self._on_message(self._decode(self._socket.recv(zmq.NOBLOCK)))
+
+
+class Router:
+    """The end where any number of Dealer lines meet, with messages as msgpack. What is sent to one that has gone is dropped.
+
+    message_type: what the others send. on_message: called with the sender's name and each. on_failure: as SocketReader's.
+    """
+
+    def __init__(
+        self,
+        address: str,
+        message_type: Any,
+        *,
+        on_message: Callable[[str, Any], None],
+        on_failure: Callable[[BaseException], None],
+    ) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = open_socket(self._context, zmq.ROUTER)
+        self._socket.bind(address)
+        self._encode = msgspec.msgpack.Encoder().encode
+        self._decode = msgspec.msgpack.Decoder(message_type).decode
+        self._on_message = on_message
+        self._reader = SocketReader(self._socket, self._take, on_failure)
+
+    def send(self, name: str, message: Any) -> None:
+        self._socket.send_multipart((name.encode(), self._encode(message)))
+        self._reader.wake()
+
     def close(self) -> None:
         self._reader.close()
         self._context.destroy(linger=0)
 
     def _take(self) -> None:
-        self._on_message(self._decode(self._socket.recv(zmq.NOBLOCK)))
+        name, payload = self._socket.recv_multipart(zmq.NOBLOCK)
+        self._on_message(name.decode(), self._decode(payload))

@@ -24,13 +24,34 @@ from medusa_core.errors import EngineError, MedusaError
 logger = logging.getLogger(__name__)
 
 DEFAULT_RESTART_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
-# A worker that ran this long was healthy: when it dies, the delays start over.
+# A process that ran this long was healthy.
 _HEALTHY_AFTER_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 
-# A fresh interpreter that imports what its parent imports (-P: and nothing from the current folder). Not multiprocessing's spawn,
-# which would import the parent's main module, with all of the web server, into the worker.
-_BOOTSTRAP = "import sys; sys.path[:] = sys.argv[1:]; from medusa_core.engine.worker import main; main()"
+
+def python_command(module: str) -> tuple[str, ...]:
+    """Runs `main` of a module in a fresh interpreter that imports what this one imports, and nothing from the current folder (-P).
+
+    Not multiprocessing's spawn, which would import the parent's main module, with all of the web server, into a worker.
+    """
+    bootstrap = f"import sys; sys.path[:] = sys.argv[1:]; from {module} import main; main()"
+    return (sys.executable, "-P", "-c", bootstrap, *sys.path)
+
+
+class RestartDelays:
+    """How long to wait before the next start of a process that dies: longer and longer, the last delay for ever."""
+
+    def __init__(self, delays_s: Sequence[float]) -> None:
+        self._delays_s = delays_s
+        self._num_failures = 0
+
+    def next_s(self, *, ran_s: float) -> float:
+        """ran_s: how long the process had run. After a minute it was healthy, and the delays start over."""
+        if ran_s > _HEALTHY_AFTER_S:
+            self._num_failures = 0
+        delay_s = self._delays_s[min(self._num_failures, len(self._delays_s) - 1)]
+        self._num_failures += 1
+        return delay_s
 
 
 class WorkerProcess:
@@ -50,7 +71,7 @@ class WorkerProcess:
             config=config, build=build, folder=folder, log_level=log_level, log_format=log_format, num_starts=num_starts
         )
         try:
-            command = (sys.executable, "-P", "-c", _BOOTSTRAP, *sys.path)
+            command = python_command("medusa_core.engine.worker")
             environment = ENGINE_ENVIRONMENT | os.environ
             process = await asyncio.create_subprocess_exec(*command, stdin=PIPE, stdout=PIPE, env=environment)
         except BaseException:
@@ -133,7 +154,7 @@ class Supervisor:
         self._log_format = log_format
         self._on_up = on_up
         self._on_down = on_down
-        self._restart_delays_s = restart_delays_s
+        self._restart_delays = RestartDelays(restart_delays_s)
         self._num_starts = 0
         self._worker: WorkerProcess | None = None
         self._task: asyncio.Task[None] | None = None
@@ -173,28 +194,23 @@ class Supervisor:
         return worker
 
     async def _keep_alive(self, worker: WorkerProcess) -> None:
-        num_failures = 0
         while True:
             started_s = time.monotonic()
             exit_code = await worker.wait()
             self._on_down(exit_code)
             await worker.stop()
-            if time.monotonic() - started_s > _HEALTHY_AFTER_S:
-                num_failures = 0
             logger.error("the engine process died (%s); restarting it", describe_exit(exit_code))
-            worker, num_failures = await self._relaunch(num_failures)
-            self._worker = worker
+            worker = self._worker = await self._relaunch(ran_s=time.monotonic() - started_s)
 
-    async def _relaunch(self, num_failures: int) -> tuple[WorkerProcess, int]:
-        """Try until a worker is ready. Returns it and the number of failures so far, this death included."""
+    async def _relaunch(self, *, ran_s: float) -> WorkerProcess:
+        """Try until a worker is ready."""
         while True:
-            delay_s = self._restart_delays_s[min(num_failures, len(self._restart_delays_s) - 1)]
-            num_failures += 1
-            await asyncio.sleep(delay_s)
+            await asyncio.sleep(self._restart_delays.next_s(ran_s=ran_s))
             try:
-                return await self._launch(), num_failures
+                return await self._launch()
             except (MedusaError, OSError) as error:
                 logger.error("the engine process could not be restarted: %s", error)
+                ran_s = 0.0
 
 
 def describe_exit(exit_code: int) -> str:

@@ -15,7 +15,7 @@ import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
 from server.app import create_app
-from server.main import CLOSE_TIMEOUT_S
+from server.http_server import CLOSE_TIMEOUT_S
 from server.settings import ServerSettings
 from tests.deploy.deployment import ROOT, compose_services, dockerfile_stages, load_yaml, run_tool
 from tests.server.background import serve_in_thread

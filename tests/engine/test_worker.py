@@ -18,7 +18,7 @@ import zmq.asyncio
 from medusa_core.engine import supervisor
 from medusa_core.engine.loop import FrontEndLostError
 from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit
-from medusa_core.engine.supervisor import WorkerProcess
+from medusa_core.engine.supervisor import WorkerProcess, python_command
 from medusa_core.engine.worker import RouterTransport
 from medusa_core.engine.worker_client import WorkerClient
 from medusa_core.errors import EngineDeadError, EngineError, EngineNotReadyError
@@ -61,7 +61,12 @@ async def test_a_killed_worker_ends_live_requests_and_is_replaced(client: Worker
 
 async def test_a_worker_may_hold_its_pipe_twice(monkeypatch):
     """As under uvloop: the pipe then has no end while the worker lives."""
-    monkeypatch.setattr(supervisor, "_BOOTSTRAP", f"import os; os.dup(1); {supervisor._BOOTSTRAP}")
+
+    def command(module: str) -> tuple[str, ...]:
+        *options, bootstrap = python_command(module)[:4]
+        return (*options, f"import os; os.dup(1); {bootstrap}", *sys.path)
+
+    monkeypatch.setattr(supervisor, "python_command", command)
     client = make_worker_client(make_config())
     async with asyncio.timeout(60):
         await client.start()

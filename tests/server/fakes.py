@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from medusa_core.errors import EngineDeadError, EngineNotReadyError, InvalidParameterError, MedusaError
+from medusa_core.errors import ConfigError, EngineDeadError, EngineNotReadyError, InvalidParameterError, MedusaError
 from medusa_core.outputs import EngineInfo, EngineStats, FinishReason, TokenDelta, TokenLogprob
 from medusa_core.request import EngineRequest
 from medusa_core.text.detokenizer import Detokenizer
@@ -85,6 +85,19 @@ class FakeText:
         detokenizer = Detokenizer(decode, byte_values={}, prompt_token_ids=prompt_token_ids)
         parser = tool_format and tool_format.new_parser(offered=offered_tools, is_single=is_single_call)
         return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids, parser)
+
+
+def text_loader(settings):
+    """For front ends in processes of their own. The template "broken" cannot be loaded, "bug" neither."""
+
+    def load(info):
+        if settings.chat_template == "broken":
+            raise ConfigError("--chat-template is broken.", hint="Mend it.")
+        if settings.chat_template == "bug":
+            raise ZeroDivisionError
+        return FakeText()
+
+    return load
 
 
 def answer_of(request: EngineRequest, choice_idx: int) -> str:
