@@ -61,11 +61,7 @@ def serve_with_front_ends(
     """
     configure_logging(settings.log_level.upper(), settings.log_format)
     with listen(settings) as listener:
-
-        async def run_manager() -> int:
-            return await FrontEndManager(config, settings, listener, build=build, load_text=load_text).run()
-
-        return asyncio.run(run_manager())
+        return asyncio.run(FrontEndManager(config, settings, listener, build=build, load_text=load_text).run())
 
 
 async def _serve(client: EngineClient, load_text: TextLoader, settings: ServerSettings, listener: socket.socket) -> int:

@@ -27,7 +27,7 @@ class EngineClient(Protocol):
 
     @property
     def stats(self) -> EngineStats:
-        """The latest snapshot, at most one step old."""
+        """The latest snapshot: at most one step old, where no other client uses the engine too."""
         ...
 
     @property

@@ -154,18 +154,27 @@ class FrontEndManager:
         delays = RestartDelays(RESTART_DELAYS_S)
         for num_starts in itertools.count():
             started_s = time.monotonic()
-            front_end = await self._spawn(f"{idx}-{num_starts}")
-            exit_code = await front_end.process.wait()
-            del self._front_ends[front_end.name]
-            self._page.forget(front_end.name)
-            self._limiter.forget(front_end.name)
+            name = f"{idx}-{num_starts}"
+            end = await self._run_front_end(name)
             if self._state.is_draining:
                 return
             if not self._state.is_open:
                 # As with the engine: what is wrong with the options now will still be wrong later.
-                raise EngineError(f"A front end died while it loaded ({describe_exit(exit_code)}).", hint="Its log has the cause.")
-            logger.error("front end %s died (%s); restarting it", front_end.name, describe_exit(exit_code))
+                raise EngineError(f"A front end died while it loaded ({end}).", hint="Its log has the cause.")
+            logger.error("front end %s died (%s); restarting it", name, end)
             await asyncio.sleep(delays.next_s(ran_s=time.monotonic() - started_s))
+
+    async def _run_front_end(self, name: str) -> str:
+        """From its start to its end. Returns what ended it."""
+        try:
+            front_end = await self._spawn(name)
+        except OSError as error:
+            return str(error)
+        exit_code = await front_end.process.wait()
+        del self._front_ends[name]
+        self._page.forget(name)
+        self._limiter.forget(name)
+        return describe_exit(exit_code)
 
     async def _spawn(self, name: str) -> _FrontEnd:
         listener_fd = self._listener.fileno()

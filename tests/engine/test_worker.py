@@ -18,12 +18,13 @@ import zmq.asyncio
 from medusa_core.engine import supervisor
 from medusa_core.engine.loop import FrontEndLostError
 from medusa_core.engine.messages import Abort, Command, Event, Failed, Outputs, Query, Rejected, Submit
-from medusa_core.engine.supervisor import WorkerProcess, python_command
+from medusa_core.engine.peer_client import PeerClient
+from medusa_core.engine.supervisor import RestartDelays, WorkerProcess, python_command
 from medusa_core.engine.worker import RouterTransport
 from medusa_core.engine.worker_client import WorkerClient
 from medusa_core.errors import EngineDeadError, EngineError, EngineNotReadyError
 from medusa_core.outputs import EngineStats
-from tests.engine.fake import POISON_TOKEN
+from tests.engine.fake import INFO, POISON_TOKEN
 from tests.engine.harness import FAKE_BUILD, SLOW, collect, make_config, make_request, make_worker_client, tokens_of, until
 
 
@@ -130,6 +131,57 @@ async def test_close_while_restarting_leaves_no_process():
     await until(lambda: not client.is_ready)
     async with asyncio.timeout(20):
         await client.close()
+
+
+@pytest.fixture
+async def peer(client: WorkerClient) -> AsyncIterator[PeerClient]:
+    """A second client of the worker, which `client` keeps alive."""
+    peer = PeerClient()
+    peer.learn(client.info)
+    peer.connect(client.worker_address, client.stats)
+    yield peer
+    await peer.close()
+
+
+async def test_a_client_learns_what_others_run_when_it_asks(client: WorkerClient, peer: PeerClient):
+    reader = asyncio.create_task(collect(peer, make_request("a", [5], max_tokens=5000)))
+    await until(lambda: peer.stats.num_running == 1)
+    assert client.stats.num_running == 0
+    await asyncio.gather(client.refresh(), client.refresh())
+    assert client.stats.num_running == 1
+    await peer.close()
+    with pytest.raises(EngineDeadError, match="closed"):
+        await reader
+
+
+async def test_asking_a_dead_engine_ends(client: WorkerClient):
+    os.kill(client.worker_pid, signal.SIGSTOP)
+    asking = asyncio.create_task(client.refresh())
+    await asyncio.sleep(0.05)
+    assert not asking.done()
+    os.kill(client.worker_pid, signal.SIGKILL)
+    async with asyncio.timeout(20):
+        await asking
+    await client.refresh()
+    assert client.stats == EngineStats()
+
+
+async def test_a_peer_waits_until_the_engine_is_known():
+    peer = PeerClient()
+    start = asyncio.create_task(peer.start())
+    await asyncio.sleep(0)
+    assert not start.done()
+    with pytest.raises(EngineNotReadyError):
+        _ = peer.info
+    peer.learn(INFO)
+    assert await start == INFO
+    assert not peer.is_ready
+
+
+def test_delays_grow_while_a_process_keeps_dying():
+    delays = RestartDelays((0.0, 1.0, 2.0))
+    assert [delays.next_s(ran_s=1.0) for _ in range(4)] == [0.0, 1.0, 2.0, 2.0]
+    assert [delays.next_s(ran_s=3600.0), delays.next_s(ran_s=1.0)] == [0.0, 1.0]
 
 
 @pytest.mark.parametrize(("behaviour", "expected"), [("crash", "exit code 3"), ("bug", "exit code 1")])

@@ -69,7 +69,10 @@ def cpu_s(pids):
 
 
 def measure(num_front_ends, kind, options):
-    """Requests and frames per second; microseconds of the front ends' and of the engine's processor time per request or frame."""
+    """Requests, tokens and frames per second; microseconds of front ends' and engine's processor time per request or frame.
+
+    A front end that is behind puts several tokens in a frame.
+    """
     flags = ("--api-workers", str(num_front_ends), "--no-access-log", "--max-queued-requests", "4096")
     with tempfile.TemporaryDirectory() as folder, running(Path(folder), f"delay={options.step_ms / 1e3}", *flags) as server:
         front_ends = server.front_ends if num_front_ends > 1 else [server.process.pid]
@@ -88,7 +91,8 @@ def measure(num_front_ends, kind, options):
         num_requests, num_frames = (sum(values) for values in zip(*counts, strict=True))
         unit = num_frames or num_requests
         front_end_us, engine_us = ((new - old) * 1e6 / unit for old, new in zip(before, after, strict=True))
-        return num_requests / elapsed_s, num_frames / elapsed_s, front_end_us, engine_us
+        tokens_per_s = num_requests * KINDS[kind]["max_tokens"] / elapsed_s
+        return num_requests / elapsed_s, tokens_per_s, num_frames / elapsed_s, front_end_us, engine_us
 
 
 def main():
@@ -109,7 +113,8 @@ def main():
             for num_front_ends in options.api_workers:
                 rows[num_front_ends].append(measure(num_front_ends, kind, options))
                 print(kind, num_front_ends, rows[num_front_ends][-1], f"load {os.getloadavg()[0]:.1f}", file=sys.stderr)
-        print(f"| {kind}: front ends | requests/s | frames/s | front ends' CPU, us each | engine's CPU, us each |\n{'| --- ' * 5}|")
+        print(f"| {kind}: front ends | requests/s | tokens/s | frames/s | front ends' CPU, us each | engine's CPU, us each |")
+        print("| --- " * 6 + "|")
         for num_front_ends, results in rows.items():
             cells = [f"{statistics.median(v):,.0f} ({min(v):,.0f} to {max(v):,.0f})" for v in zip(*results, strict=True)]
             print(f"| {num_front_ends} | {' | '.join(cells)} |")
