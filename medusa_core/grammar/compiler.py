@@ -103,6 +103,12 @@ class GrammarCompiler:
         self._vocabulary: LLTokenizer | ValueError | None = None
         self._compiled: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
 
+    @property
+    def num_mask_words(self) -> int:
+        """Words of 32 tokens in a mask, once there is a matcher. The tokenizer may know more tokens than the logits have."""
+        assert isinstance(self._vocabulary, LLTokenizer)
+        return -(-self._vocabulary.vocab_size // 32)
+
     def compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher before the first token.
 

@@ -3,8 +3,8 @@
 A node's mask says which tokens may be drawn there: those the grammar allows behind the path to the node. Drawing from masked logits
 is then what it would be without the tree. Nodes that the grammar does not allow need no mask, since nobody draws them.
 
-A mask takes from 10 microseconds to 250 and more, inside a string of limited length, so lanes are done by threads side by side:
-llguidance lets go of the interpreter lock meanwhile.
+A mask takes from 10 microseconds to 250 and more, inside a string of limited length. So trees are cut into chains, and llguidance
+follows a chain of every lane at once, in threads of its own.
 
 Shapes: B lanes of one step · N tree nodes (root included) · W words of 32 tokens, int32: token t is bit t % 32 of word t // 32.
 """
@@ -12,15 +12,14 @@ Shapes: B lanes of one step · N tree nodes (root included) · W words of 32 tok
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from threading import Lock
+from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
-from llguidance import LLMatcher
+from llguidance import LLExecutor, LLMatcher
+from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from medusa_core.grammar.compiler import GrammarCompiler
 from medusa_core.outputs import FinishReason
@@ -29,7 +28,6 @@ from medusa_core.plan import LaneJoin, LaneResult, StepPlan
 
 logger = logging.getLogger(__name__)
 
-_MAX_THREADS = 16
 # Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
 # which costs speed but changes no token.
 _DRAFT_BUDGET_S = 0.002
@@ -38,6 +36,9 @@ _DRAFT_BUDGET_S = 0.002
 _MAX_PROBE_FAILURES = 2
 # As with these: a matcher that does not last is not made anew for every token.
 _MIN_TOKENS_PER_RENEWAL = 64
+# What a node takes at least, and the weight of a new measurement of it.
+_SHORTEST_S = 5e-6
+_SMOOTHING = 0.05
 
 
 @dataclass(slots=True)
@@ -59,6 +60,12 @@ class _Lane:
     num_renewals: int = 0
     failure: str = ""
 
+    def new_probe(self) -> LLMatcher:
+        """The one there is, unless it has to be made anew."""
+        if self.probe is None:
+            self.probe = self.matcher.deep_copy()
+        return self.probe
+
 
 class GrammarLanes:
     """Follows the plans of one runner. Not thread-safe.
@@ -69,10 +76,11 @@ class GrammarLanes:
     def __init__(self, compiler: GrammarCompiler, *, num_tokens: int, eos_token_ids: Sequence[int]) -> None:
         self._compiler = compiler
         self._eos_token_ids = tuple(eos_token_ids)
-        self._compiling = Lock()
         self._lanes: dict[int, _Lane] = {}
-        # it starts threads when there is something for them
-        self._threads = ThreadPoolExecutor(min(os.cpu_count() or 1, _MAX_THREADS), thread_name_prefix="masks")
+        # made when there is something for its threads
+        self._executor: LLExecutor | None = None
+        # what a node of a chain takes, all lanes at once
+        self._node_s = 0.0
         self.num_words = -(-num_tokens // 32)
 
     def __contains__(self, lane: int) -> bool:
@@ -102,21 +110,17 @@ class GrammarLanes:
         """
         masks_BNW = np.zeros((*tokens_BN.shape, self.num_words), dtype=np.int32)
         is_left_out_BN = np.zeros(tokens_BN.shape, dtype=bool)
-        children = _children(parents)
         deadline_s = time.perf_counter() + budget_s
-
-        def fill_lane(number: int) -> None:
-            lane = self._lanes[lanes[number]]
-            self._fill_root(lane, masks_BNW[number, 0])
-            if len(parents) > 1:
-                tree = _TreeMasks(tokens_BN[number].tolist(), children, masks_BNW[number], is_left_out_BN[number], deadline_s)
-                self._fill_tree(lane, tree)
-
-        if len(lanes) == 1:
-            fill_lane(0)
-        else:
-            # a list, so that what a thread raises is raised here
-            list(self._threads.map(fill_lane, range(len(lanes))))
+        trees = []
+        for number, lane in enumerate(map(self._lanes.__getitem__, lanes)):
+            tree = _Tree(lane, tokens_BN[number].tolist(), masks_BNW[number], is_left_out_BN[number])
+            if lane.failure or lane.num_probe_failures >= _MAX_PROBE_FAILURES:
+                self._fill_root(lane, tree.masks_NW[0])
+                tree.leave_out(parents)
+            else:
+                trees.append(tree)
+        for chain in _chains(tuple(parents)):
+            self._fill_chain(trees, chain, parents, deadline_s)
         return masks_BNW, is_left_out_BN
 
     def take(self, result: LaneResult) -> LaneResult:
@@ -155,9 +159,7 @@ class GrammarLanes:
         if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
             # Perhaps tokens long past, or others before or beside this one, have used up what the lexer may grow to.
             lane.num_renewals += 1
-            with self._compiling:
-                lane.matcher = self._compiler.lend(lane.grammar, is_fresh=True)
-            lane.probe = None
+            lane.matcher, lane.probe = self._compiler.lend(lane.grammar, is_fresh=True), None
             lane.matcher.consume_tokens(lane.emitted)
             failure = _fill(lane.matcher, mask_W)
         lane.failure = failure
@@ -167,56 +169,125 @@ class GrammarLanes:
         else:
             _ban_ends(lane, 0, mask_W)
 
-    def _fill_tree(self, lane: _Lane, tree: _TreeMasks) -> None:
-        if lane.failure:
+    def _fill_chain(self, trees: list[_Tree], chain: _Chain, parents: Sequence[int], deadline_s: float) -> None:
+        """Masks of a chain's nodes, the first chain's root among them, as far as they can be reached and there is time."""
+        began_s = time.perf_counter()
+        time_left_s = max(deadline_s - began_s, 0.0)
+        most = min(len(chain.path), int(time_left_s / max(self._node_s, _SHORTEST_S)))
+        jobs = [job for tree in trees if (job := tree.start(chain, most, parents)) is not None]
+        if not jobs:
             return
-        if lane.probe is None:
-            lane.probe = lane.matcher.deep_copy()
-        tree.has_failed = lane.num_probe_failures >= _MAX_PROBE_FAILURES
-        self._fill_below(lane, lane.probe, tree, node=0, depth=0)
-        if tree.has_failed:
-            lane.num_probe_failures += 1
+        rows_JW = np.zeros((len(jobs) * (len(chain.path) + 1), self._compiler.num_mask_words), dtype=np.int32)
+        places = range(0, len(rows_JW), len(chain.path) + 1)
+        self._executor = self._executor or LLExecutor()
+        rooted = [(tree.lane.new_probe(), place) for tree, place in zip(jobs, places, strict=True) if not tree.drafts]
+        drafted = [(tree.lane.new_probe(), place, tree.drafts) for tree, place in zip(jobs, places, strict=True) if tree.drafts]
+        # Neither takes an empty list.
+        if rooted:
+            fill_next_token_bitmask_par(self._executor, rooted, rows_JW)
+        if drafted:
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, rows_JW)
+        longest = max(len(tree.drafts) for tree in jobs)
+        self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
+        for tree, place in zip(jobs, places, strict=True):
+            lane = tree.lane
+            if not lane.new_probe().is_error() and tree.accept(chain, rows_JW[place:, : self.num_words]):
+                continue
             lane.probe = None
-
-    def _fill_below(self, lane: _Lane, probe: LLMatcher, tree: _TreeMasks, *, node: int, depth: int) -> None:
-        """Masks of what is below a node, whose path the probe has followed. The probe comes back to it, unless it fails."""
-        for child in tree.children[node]:
-            token_id = tree.token_ids[child]
-            if not tree.allows(node, token_id) or token_id in lane.end_ids:
-                # nobody draws it, or nothing is drawn behind it
-                continue
-            if tree.has_failed or time.perf_counter() > tree.deadline_s:
-                tree.is_left_out_N[child] = True
-                continue
-            mask_W = tree.masks_NW[child]
-            if not probe.consume_token(token_id) or _fill(probe, mask_W):
-                tree.has_failed = tree.is_left_out_N[child] = True
-                continue
-            _ban_ends(lane, depth + 1, mask_W)
-            self._fill_below(lane, probe, tree, node=child, depth=depth + 1)
-            tree.has_failed = tree.has_failed or not probe.rollback(1)
+            lane.num_probe_failures += 1
+            if chain.nodes[0] == 0:
+                self._fill_root(lane, tree.masks_NW[0])
+            tree.leave_out(parents)
 
 
-@dataclass(slots=True)
-class _TreeMasks:
-    """One lane's tree while its masks are filled. has_failed: the probe cannot be used again."""
+@dataclass(frozen=True, slots=True)
+class _Chain:
+    """nodes: each the child of the one before. path: what leads from the root to the last of them, root excluded."""
 
-    token_ids: list[int]
-    children: list[list[int]]
-    masks_NW: np.ndarray
-    is_left_out_N: np.ndarray
-    deadline_s: float
-    has_failed: bool = False
+    nodes: tuple[int, ...]
+    path: tuple[int, ...]
 
-    def allows(self, node: int, token_id: int) -> bool:
-        return bool(self.masks_NW[node, token_id >> 5] >> (token_id & 31) & 1)
+    @property
+    def first_depth(self) -> int:
+        """Depth of the first node, the root's being 0."""
+        return len(self.path) - len(self.nodes) + 1
 
 
-def _children(parents: Sequence[int]) -> list[list[int]]:
+@lru_cache(maxsize=64)
+def _chains(parents: tuple[int, ...]) -> list[_Chain]:
+    """A tree cut into chains, each as long as it gets, the one from the root first and none before the node that it hangs on."""
     children: list[list[int]] = [[] for _ in parents]
     for node, parent in enumerate(parents[1:], start=1):
         children[parent].append(node)
-    return children
+    chains = []
+    starts: list[tuple[int, tuple[int, ...]]] = [(0, ())]
+    while starts:
+        node, above = starts.pop(0)
+        nodes: list[int] = [node]
+        while children[nodes[-1]]:
+            nodes.append(children[nodes[-1]][0])
+        path = (*above, *nodes) if node > 0 else tuple(nodes[1:])
+        chains.append(_Chain(tuple(nodes), path))
+        for depth, at in enumerate(nodes):
+            to = (*above, *nodes[: depth + 1]) if node > 0 else tuple(nodes[1 : depth + 1])
+            starts += [(sibling, to) for sibling in children[at][1:]]
+    return chains
+
+
+@dataclass(slots=True)
+class _Tree:
+    """One lane's tree while its masks are filled. drafts: tokens that its probe is to follow now."""
+
+    lane: _Lane
+    token_ids: list[int]
+    masks_NW: np.ndarray
+    is_left_out_N: np.ndarray
+    drafts: list[int] = field(default_factory=list)
+    has_failed: bool = False
+
+    def start(self, chain: _Chain, most: int, parents: Sequence[int]) -> _Tree | None:
+        """Set the drafts for a chain, at most so many; None if there is nothing to look at."""
+        head = chain.nodes[0]
+        if self.has_failed or (head > 0 and not self._is_open(parents[head], head)):
+            return None
+        if most < chain.first_depth:
+            self.is_left_out_N[head] = True
+            return None
+        self.drafts = []
+        for node in chain.path[:most]:
+            if self.token_ids[node] in self.lane.end_ids:
+                break
+            self.drafts.append(self.token_ids[node])
+        return self
+
+    def accept(self, chain: _Chain, rows_IW: np.ndarray) -> bool:
+        """Take the masks over, row i that behind i drafts. False if there is none where there should be."""
+        depth = chain.first_depth
+        parent = -1
+        for node in chain.nodes:
+            if parent >= 0 and not self._is_open(parent, node):
+                break
+            if depth > len(self.drafts):
+                self.is_left_out_N[node] = True
+                break
+            self.masks_NW[node] = rows_IW[depth]
+            if not self.masks_NW[node].any():
+                return False
+            _ban_ends(self.lane, depth, self.masks_NW[node])
+            parent, depth = node, depth + 1
+        return True
+
+    def leave_out(self, parents: Sequence[int]) -> None:
+        """Nothing is filled any more: what could be reached from filled nodes is not."""
+        self.has_failed = True
+        for node in range(1, len(parents)):
+            if not self.masks_NW[node].any() and self._is_open(parents[node], node):
+                self.is_left_out_N[node] = True
+
+    def _is_open(self, parent: int, node: int) -> bool:
+        """Whether the token may be drawn behind the parent's path, and something be drawn behind it."""
+        token_id = self.token_ids[node]
+        return bool(self.masks_NW[parent, token_id >> 5] >> (token_id & 31) & 1) and token_id not in self.lane.end_ids
 
 
 def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
