@@ -14,6 +14,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from deploy.k8s.prometheus_rule import TARGET, prometheus_rule
 from server.app import create_app
 from server.http_server import CLOSE_TIMEOUT_S
 from server.settings import ServerSettings
@@ -82,7 +83,9 @@ def test_every_resource_is_as_its_schema_says(overlay, version):
         check_schema(resource, version)
 
 
-@pytest.mark.parametrize("kind", ["Deployment", "HorizontalPodAutoscaler", "InferencePool", "HTTPRoute", "ServiceMonitor"])
+@pytest.mark.parametrize(
+    "kind", ["Deployment", "HorizontalPodAutoscaler", "InferencePool", "HTTPRoute", "ServiceMonitor", "PrometheusRule"]
+)
 def test_a_misspelt_field_would_be_found(kind):
     resource = next(resource for resource in render("gateway-inference-extension") if resource["kind"] == kind)
     spoilt = {**resource, "spec": {**resource["spec"], "replicsa": 1}}
@@ -220,6 +223,19 @@ class TestServer:
         assert mounts == {stage.last("VOLUME"), "/tmp"}
         kernels = next(rest for name, rest in stage.instructions if name == "ENV" and "TRITON_CACHE_DIR" in rest)
         assert kernels.split("=")[1].startswith(stage.last("VOLUME"))
+
+
+class TestMonitoring:
+    @pytest.mark.parametrize("overlay", OVERLAYS)
+    def test_alerts_and_dashboards_come_along(self, overlay):
+        assert of_kind(overlay, "PrometheusRule")
+        dashboards = of_kind(overlay, "ConfigMap")["medusa-dashboards"]
+        assert set(dashboards["data"]) == {path.name for path in (ROOT / "deploy/grafana/dashboards/json").iterdir()}
+        # Larger ones do not fit into the annotation in which kubectl keeps what it applied.
+        assert sum(map(len, dashboards["data"].values())) < 262_144
+
+    def test_the_rules_are_those_of_compose(self):
+        assert TARGET.read_text() == prometheus_rule(), "run python -m deploy.k8s.prometheus_rule"
 
 
 class TestAutoscaling:
