@@ -34,7 +34,7 @@ def measure_row_costs(
     """
     counts = tqdm(row_counts, desc="measuring step costs", disable=not progress)
     return {
-        num_rows: _median_seconds(model.device, partial(_run_rows, model, kv_store, attention, num_rows)) for num_rows in counts
+        num_rows: _least_seconds(model.device, partial(_run_rows, model, kv_store, attention, num_rows)) for num_rows in counts
     }
 
 
@@ -65,7 +65,7 @@ def measure_tree_overhead(
         for size in (1, num_nodes):
             runner.submit(StepPlan(step_id=0, joins=joins)).result()
             plan = StepPlan(step_id=0, decode_groups=[DecodeGroup(lanes=lanes, num_nodes=size)])
-            seconds[size] = _median_seconds(device, partial(_run_plan, runner, plan))
+            seconds[size] = _least_seconds(device, partial(_run_plan, runner, plan))
             runner.submit(StepPlan(step_id=0, leaves=lanes)).result()
         more_rows = row_costs(num_nodes * num_lanes) - row_costs(num_lanes)
         overhead[num_lanes] = max(seconds[num_nodes] - seconds[1] - more_rows, 0.0)
@@ -107,7 +107,8 @@ def _run_rows(model: DeviceModel, kv_store: KVStore, attention: AttentionBackend
     model.project(model.forward(tokens, torch.zeros_like(tokens), context)).argmax(dim=-1)
 
 
-def _median_seconds(device: torch.device, run: Callable[[], object]) -> float:
+def _least_seconds(device: torch.device, run: Callable[[], object]) -> float:
+    """Of a few runs the fastest: what else the machine does can only add."""
     seconds = []
     for _ in range(_WARM_UP_REPEATS + _NUM_REPEATS):
         start = time.perf_counter()
@@ -115,4 +116,4 @@ def _median_seconds(device: torch.device, run: Callable[[], object]) -> float:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - start)
-    return sorted(seconds[_WARM_UP_REPEATS:])[_NUM_REPEATS // 2]
+    return min(seconds[_WARM_UP_REPEATS:])
