@@ -120,7 +120,10 @@ class PromptLogprobs(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True):
     """Results of one step: one LaneResult per lane that had a last chunk or a place in a decode group, and one PromptLogprobs per
-    chunk whose lane asks for them."""
+    chunk whose lane asks for them.
+
+    Those of a group with a grammar may come with a later step's result instead: with that of the latest step at the latest.
+    """
 
     step_id: int
     lanes: list[LaneResult]

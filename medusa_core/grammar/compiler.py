@@ -16,6 +16,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from decimal import Decimal, InvalidOperation
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -93,7 +94,7 @@ class _Compiled:
 
 
 class GrammarCompiler:
-    """Makes matchers for one vocabulary. Not thread-safe.
+    """Makes matchers for one vocabulary. Thread-safe: masks are made while requests come and go.
 
     load_vocabulary: called for the first grammar, so that an engine without any does not pay for it; may raise ValueError.
     """
@@ -102,6 +103,7 @@ class GrammarCompiler:
         self._load_vocabulary = load_vocabulary
         self._vocabulary: LLTokenizer | ValueError | None = None
         self._compiled: OrderedDict[tuple[str, str], _Compiled] = OrderedDict()
+        self._lock = Lock()
 
     @property
     def num_mask_words(self) -> int:
@@ -118,25 +120,28 @@ class GrammarCompiler:
         Raises InvalidParameterError for a grammar that is wrong or beyond the limits, UnsupportedParameterError where the model's
         tokenizer cannot be used.
         """
-        return self._entry(grammar).first.deep_copy()
+        with self._lock:
+            return self._entry(grammar).first.deep_copy()
 
     def lend(self, grammar: Grammar, *, is_fresh: bool = False) -> LLMatcher:
         """A matcher before the first token that waits for no other, unless making one is expensive.
 
         is_fresh: one that has learnt nothing yet. Raises what `compile` raises.
         """
-        if is_fresh:
-            self._compiled.pop((grammar.kind, grammar.text), None)
-        entry = self._entry(grammar)
-        if entry.idle:
-            return entry.idle.pop()
-        return self._compile(grammar) if entry.compile_s < _MAX_COMPILE_S else entry.first.deep_copy()
+        with self._lock:
+            if is_fresh:
+                self._compiled.pop((grammar.kind, grammar.text), None)
+            entry = self._entry(grammar)
+            if entry.idle:
+                return entry.idle.pop()
+            return self._compile(grammar) if entry.compile_s < _MAX_COMPILE_S else entry.first.deep_copy()
 
     def take_back(self, grammar: Grammar, matcher: LLMatcher) -> None:
         """Keep a matcher that was lent for the next lane with this grammar: it knows the lexer already."""
-        entry = self._compiled.get((grammar.kind, grammar.text))
-        if entry is not None and len(entry.idle) < _MAX_IDLE and not matcher.is_error() and matcher.reset():
-            entry.idle.append(matcher)
+        with self._lock:
+            entry = self._compiled.get((grammar.kind, grammar.text))
+            if entry is not None and len(entry.idle) < _MAX_IDLE and not matcher.is_error() and matcher.reset():
+                entry.idle.append(matcher)
 
     def _entry(self, grammar: Grammar) -> _Compiled:
         key = (grammar.kind, grammar.text)

@@ -68,7 +68,7 @@ class _Lane:
 
 
 class GrammarLanes:
-    """Follows the plans of one runner. Not thread-safe.
+    """Follows the plans of one runner. `fill` may run in a thread of its own, while nothing happens to its lanes.
 
     num_tokens: width of the logits. eos_token_ids: the model's.
     """

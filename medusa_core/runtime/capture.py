@@ -12,6 +12,11 @@ def new_event(*, enable_timing: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
 
 
+def has_passed(event: torch.cuda.Event) -> bool:
+    """Whether the device has done what was launched before the event. Does not wait."""
+    return event.query()  # type: ignore[no-untyped-call,no-any-return]
+
+
 def new_stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
 

@@ -5,8 +5,7 @@ rows, each once for lanes that all decode greedily and once for lanes that sampl
 with the null lane; its chunks run behind them as a second launch. Results leave the device by a copy of their own, so the next
 step can be launched before they are read.
 
-Steps under grammars wait for masks from the host in their middle (runtime/masked_step.py). Their draws are launched behind the next
-plan, so that the device has something to do meanwhile.
+Steps under grammars wait for masks from the host in their middle (runtime/masked_step.py). Others are launched meanwhile.
 
 Without a CUDA device the same steps run uncaptured, in Triton's interpreter; that is how the tests cover them on a CPU.
 """
@@ -29,7 +28,7 @@ from medusa_core.kernels.topk import topk_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, PrefillChunk, StepPlan
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
-from medusa_core.runtime.capture import capture, new_event, new_stream
+from medusa_core.runtime.capture import capture, has_passed, new_event, new_stream
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
 from medusa_core.runtime.launched import LaunchedGroup, PendingGraphResult
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, chunk_logprobs, to_host
@@ -84,8 +83,10 @@ class GraphRunner:
             for is_greedy in (True, False)
         }
         self._masked = MaskedSteps(parts, grammars, topology.parents, self._trees, buckets)
-        # the step whose draws wait for masks, until the next plan is launched or its result is read
-        self._waiting: tuple[PendingGraphResult, BegunStep] | None = None
+        # the lanes that wait for masks, and those drawn for late whose results have not been given out
+        self._waiting: BegunStep | None = None
+        self._late: list[tuple[LaunchedGroup, torch.cuda.Event | None]] = []
+        self._latest: PendingGraphResult | None = None
         self._chunk_sizes = chunk_buckets(max_chunk_rows)
         # All ones, but for the lanes with a grammar in the latest step.
         self._chunk_bits_CW = torch.full((MAX_CHUNKS, grammars.num_words), -1, dtype=torch.int32, device=device)
@@ -130,25 +131,24 @@ class GraphRunner:
     def submit(self, plan: StepPlan) -> PendingGraphResult:
         """Apply lane changes, launch the decode groups, then the chunks.
 
-        The host makes masks while the device runs: for the last of the groups that need them behind the launches of the next plan,
-        or when the result is read.
+        Lanes that wait for masks are drawn for behind the first launches after the masks are there: nobody else waits for them.
         """
         masked = [group for group in plan.decode_groups if group.has_grammar]
-        if self._waiting is not None and (masked or self._waits_for(plan.leaves)):
+        if masked or self._waits_for(plan.leaves):
             self._end_waiting()
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
         free = [group for group in plan.decode_groups if not group.has_grammar]
         groups: list[LaunchedGroup] = []
-        begun: BegunStep | None = None
+        waiting: BegunStep | None = None
         for group in masked:
-            if begun is not None:
-                groups.append(self._end(begun))
+            if waiting is not None:
+                groups.append(self._end(waiting))
             beside = next((other for other in free if self._masked.can_share(group, other)), None)
-            begun = self._masked.begin(group, beside)
+            waiting = self._masked.begin(group, beside)
             if beside is not None:
                 free.remove(beside)
-                groups.append(self._collect(beside.lanes, begun.shared))
+                groups.append(self._collect(beside.lanes, waiting.shared))
         groups += [self._launch_group(group) for group in free]
         prompt_logprobs: list[ChunkLogprobs] = []
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
@@ -157,25 +157,39 @@ class GraphRunner:
             hidden_TE, project = self._parts.chunk_hidden_TE, self._parts.model.project
             prompt_logprobs += chunk_logprobs(self._lanes, chunks, hidden_TE, project, top_k=topk_rows)
         is_done = self._record() if groups or prompt_logprobs else None
-        before_read = self._end_waiting if begun is not None else None
-        pending = PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars, before_read)
-        self._end_waiting()
-        if begun is not None:
-            self._waiting = pending, begun
-        return pending
+        self._latest = PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars, self._take_late)
+        if self._waiting is not None and self._waiting.masks.done():
+            self._end_waiting()
+        self._waiting = waiting or self._waiting
+        return self._latest
 
     @torch.inference_mode()
+    def _take_late(self, step: PendingGraphResult) -> list[LaunchedGroup]:
+        """What was drawn late and is on the host: everything, if no step was launched behind this one."""
+        if step is self._latest:
+            self._end_waiting()
+        late, self._late = self._late, []
+        groups = []
+        for group, is_done in late:
+            if is_done is not None and step is self._latest:
+                is_done.synchronize()
+            if is_done is None or has_passed(is_done):
+                groups.append(group)
+            else:
+                self._late.append((group, is_done))
+        return groups
+
     def _end_waiting(self) -> None:
-        """Launch the draws of the lanes that still wait for masks, if any do."""
-        if self._waiting is not None:
-            (pending, begun), self._waiting = self._waiting, None
-            pending.add(self._end(begun), self._record())
+        """Draw for the lanes that wait for masks, if any do."""
+        waiting, self._waiting = self._waiting, None
+        if waiting is not None:
+            self._late.append((self._end(waiting), self._record()))
 
     def _end(self, begun: BegunStep) -> LaunchedGroup:
         return self._collect(begun.group.lanes, self._masked.end(begun))
 
     def _waits_for(self, lanes: Sequence[int]) -> bool:
-        return self._waiting is not None and not set(lanes).isdisjoint(self._waiting[1].group.lanes)
+        return self._waiting is not None and not set(lanes).isdisjoint(self._waiting.group.lanes)
 
     @torch.inference_mode()
     def measure_decode(self) -> dict[tuple[int, int], float]:

@@ -32,9 +32,9 @@ class LaunchedGroup:
 
 
 class PendingGraphResult:
-    """A launched step (plan.PendingStep), or one of which some lanes still wait for their masks.
+    """A launched step (plan.PendingStep).
 
-    before_read: launches what may not have been launched yet, and calls `add`.
+    take_late: groups of earlier steps, or of this one, that have waited for masks and whose results have arrived by now.
     """
 
     def __init__(
@@ -44,29 +44,23 @@ class PendingGraphResult:
         chunks: list[ChunkLogprobs],
         is_done: torch.cuda.Event | None,
         grammars: GrammarLanes,
-        before_read: Callable[[], None] | None,
+        take_late: Callable[[PendingGraphResult], list[LaunchedGroup]],
     ) -> None:
         self._step_id = step_id
         self._grammars = grammars
         self._groups = groups
         self._chunks = chunks
         self._is_done = is_done
-        self._before_read = before_read
-
-    def add(self, group: LaunchedGroup, is_done: torch.cuda.Event | None) -> None:
-        """Lanes that have waited are launched."""
-        self._groups.append(group)
-        self._is_done = is_done
+        self._take_late = take_late
 
     def result(self) -> StepResult:
         """Wait for the step's copies, not for what was launched behind it."""
-        if self._before_read is not None:
-            self._before_read()
         if self._is_done is not None:
             self._is_done.synchronize()
+        groups = [*self._groups, *self._take_late(self)]
         return StepResult(
             step_id=self._step_id,
-            lanes=[self._grammars.take(lane) for group in self._groups for lane in _read(group)],
+            lanes=[self._grammars.take(lane) for group in groups for lane in _read(group)],
             prompt_logprobs=[chunk.read() for chunk in self._chunks],
         )
 

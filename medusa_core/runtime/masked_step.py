@@ -13,6 +13,7 @@ from __future__ import annotations
 import bisect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,13 +127,12 @@ class MaskedDraw(DecodeStep):
 
 @dataclass(frozen=True, slots=True)
 class BegunStep:
-    """Lanes that wait for masks. tokens_GN: on the host, when `is_drafted`. first_place: of the lanes, in the pass."""
+    """Lanes that wait for masks. masks: what GrammarLanes.fill says of them. first_place: of the lanes, in the pass."""
 
     group: DecodeGroup
     shared: SharedPass
-    tokens_GN: Tensor
     first_place: int
-    is_drafted: torch.cuda.Event | None
+    masks: Future[tuple[np.ndarray, np.ndarray]]
 
 
 class MaskedSteps:
@@ -163,6 +163,8 @@ class MaskedSteps:
         self._inputs: dict[tuple[str, int], Tensor] = {}
         # What is in the inputs now: a list that stays is not sent again.
         self._loaded: dict[tuple[str, int], list[list[int]]] = {}
+        # Most of the time it waits, or llguidance's own threads work.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         # stream and memory, once the runner captures
         self.capture_on: tuple[torch.cuda.Stream, Any] | None = None
 
@@ -188,26 +190,30 @@ class MaskedSteps:
             is_drafted = new_event()
             is_drafted.record()
         shared.run_model()
-        return BegunStep(group, shared, tokens_GN, len(free), is_drafted)
+        return BegunStep(group, shared, len(free), self._thread.submit(self._make_masks, group, tokens_GN, is_drafted))
+
+    def _make_masks(
+        self, group: DecodeGroup, tokens_GN: Tensor, is_drafted: torch.cuda.Event | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        if is_drafted is not None:
+            is_drafted.synchronize()
+        # smaller trees are the first nodes of larger ones
+        return self._grammars.fill(group.lanes, tokens_GN.numpy(), self._parents[: group.num_nodes])
 
     def end(self, begun: BegunStep) -> MaskedDraw:
-        """Make the masks, and draw. The results are those of the returned step."""
-        group, tokens_GN = begun.group, begun.tokens_GN
-        if begun.is_drafted is not None:
-            begun.is_drafted.synchronize()
-        upload = self._parts.lanes.upload
-        # smaller trees are the first nodes of larger ones
-        bits_GNW, is_left_out_GN = self._grammars.fill(group.lanes, tokens_GN.numpy(), self._parents[: group.num_nodes])
-        draw = self._draw_of(len(group.lanes), group.num_nodes)
+        """Wait for the masks, and draw. The results are those of the returned step."""
+        lanes, upload = begun.group.lanes, self._parts.lanes.upload
+        bits_GNW, is_left_out_GN = begun.masks.result()
+        draw = self._draw_of(len(lanes), begun.group.num_nodes)
         assert self._waiting is not None
         bits_TW = bits_GNW.reshape(-1, bits_GNW.shape[2])
         self._waiting.bits_RW[: len(bits_TW)].copy_(upload(bits_TW))
         if is_left_out_GN.any():
             # no token is -1, so nobody descends there
-            self._tokens(begun.first_place, tokens_GN.shape).masked_fill_(upload(is_left_out_GN), -1)
-        num_padding = draw.lane_B.shape[0] - len(group.lanes)
-        places = range(begun.first_place, begun.first_place + len(group.lanes))
-        self._load("draw", [[*group.lanes, *[self._parts.lanes.null_lane] * num_padding], [*places, *[0] * num_padding]])
+            self._tokens(begun.first_place, is_left_out_GN.shape).masked_fill_(upload(is_left_out_GN), -1)
+        num_padding = draw.lane_B.shape[0] - len(lanes)
+        places = range(begun.first_place, begun.first_place + len(lanes))
+        self._load("draw", [[*lanes, *[self._parts.lanes.null_lane] * num_padding], [*places, *[0] * num_padding]])
         draw.end()
         return draw
 

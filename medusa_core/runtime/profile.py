@@ -33,9 +33,7 @@ def measure_row_costs(
     Rows attend to the spare slot, so that nothing in the cache changes.
     """
     counts = tqdm(row_counts, desc="measuring step costs", disable=not progress)
-    return {
-        num_rows: _least_seconds(model.device, partial(_run_rows, model, kv_store, attention, num_rows)) for num_rows in counts
-    }
+    return {num_rows: _least_seconds(model.device, partial(_run_rows, model, kv_store, attention, num_rows)) for num_rows in counts}
 
 
 def measure_tree_overhead(

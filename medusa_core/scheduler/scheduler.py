@@ -186,7 +186,7 @@ class Scheduler:
         num_lanes = num_tokens = 0
         prefilled = {request.uid for request, _ in step.chunks}
         for lane_result in result.lanes:
-            request = step.requests[lane_result.uid]
+            request = step.requests.get(lane_result.uid) or self._in_flight.land_masked(lane_result.uid)
             is_news = bool(lane_result.token_ids) or lane_result.finish_reason is not None
             if is_news and not request.is_finished:
                 deltas.append(self._take_tokens(request, lane_result))
@@ -198,7 +198,7 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        # They wait for each other too, so that the host turns to masks in every other step at most.
+        # Those with a grammar wait for each other, so that their masks are made together.
         has_masked = self._in_flight.has_masked
         requests = [
             request for request in self._lanes.decoding() if not (request.is_surely_finished or _must_wait(request, has_masked))
@@ -240,8 +240,7 @@ class Scheduler:
         for request in requests:
             size = self._size_for(request, tree_size)
             lanes_by_kind.setdefault((request.params.grammar is not None, size), []).append(lane_of(request))
-            step.add_draw(request, min(self._max_depth, size - 1) + 1)
-        step.has_masked = any(has_grammar for has_grammar, _ in lanes_by_kind)
+            step.add_draw(request, min(self._max_depth, size - 1) + 1, is_masked=request.params.grammar is not None)
         # Lanes with and without a grammar share a launch.
         step.groups = tuple(Counter(self._size_for(request, tree_size) for request in requests).items())
         return [
