@@ -1,11 +1,13 @@
 """Drives a scheduler and a fake runner as the engine does, and keeps what callers would see."""
 
+import random
 from collections import deque
 
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import SchedulerConfig
 from medusa_core.outputs import FinishReason
 from medusa_core.params import SamplingParams
+from medusa_core.plan import StepResult
 from medusa_core.request import EngineRequest
 from medusa_core.scheduler.controller import FixedTreeSize
 from medusa_core.scheduler.noise import noise_key
@@ -27,6 +29,7 @@ class Harness:
         controller=None,
         topology=None,
         seed=0,
+        has_late_results=False,
         **config,
     ):
         options = {"max_num_seqs": 4, "max_step_tokens": 8, "max_step_rows": 64} | config
@@ -44,7 +47,11 @@ class Harness:
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, max_depth=max_depth, seed=seed)
         self.max_model_len = max_model_len
+        # results that were not read, each with the lanes that may come later; and lane results that do
         self.pending = deque()
+        self.late = []
+        self.has_late_results = has_late_results
+        self.rng = random.Random(seed)
         self.requests = {}
         self.deltas = {}
 
@@ -73,11 +80,23 @@ class Harness:
         if plan.is_empty:
             assert self.pending or not self.scheduler.has_work, "work, nothing in flight, and nothing planned"
         else:
-            self.pending.append(self.runner.submit(plan))
+            masked = {lane for group in plan.decode_groups if group.has_grammar for lane in group.lanes}
+            self.pending.append((self.runner.submit(plan), masked))
         allowed = 0 if plan.is_empty else self.config.max_steps_in_flight or 0
         while len(self.pending) > allowed:
-            self._take(self.scheduler.update(self.pending.popleft()))
+            self._take(self.scheduler.update(self._read()))
         return plan
+
+    def _read(self):
+        """The oldest result. Lanes with a grammar may come with a later one, but no later than with the latest."""
+        result, masked = self.pending.popleft()
+        if not self.has_late_results:
+            return result
+        self.late += [lane for lane in result.lanes if lane.lane in masked]
+        lanes = [lane for lane in result.lanes if lane.lane not in masked]
+        if not self.pending or self.rng.random() < 0.3:
+            lanes, self.late = lanes + self.late, []
+        return StepResult(step_id=result.step_id, lanes=lanes, prompt_logprobs=result.prompt_logprobs)
 
     def run(self, max_steps=2000):
         """Steps until there is no work; starvation fails."""
@@ -124,7 +143,7 @@ class Harness:
         assert sum(chunk.num_tokens for chunk in plan.chunks) <= self.config.max_step_tokens
         assert self.scheduler.num_running <= self.config.max_num_seqs
         # results that have not been read may hold tokens, which a grammar must have seen
-        unseen = {lane.uid for result in self.pending for lane in result.lanes}
+        unseen = {lane.uid for result, _ in self.pending for lane in result.lanes} | {lane.uid for lane in self.late}
         for group in plan.decode_groups:
             for lane in group.lanes:
                 join = self.runner.lanes[lane].join

@@ -191,9 +191,9 @@ def test_a_preempted_request_is_not_resumed_while_its_results_are_out():
     ids = [harness.add([first, 6, 7, 8], max_tokens=20) for first in (1, 2)]
     while harness.scheduler.stats().num_preemptions_total == 0:
         plan = harness.scheduler.schedule()
-        harness.pending.append(harness.runner.submit(plan))
+        harness.pending.append((harness.runner.submit(plan), set()))
         if len(harness.pending) > 2:
-            harness._take(harness.scheduler.update(harness.pending.popleft()))
+            harness._take(harness.scheduler.update(harness._read()))
     harness.abort(ids[0])
     # Room for it is there now, but two of its steps have not come back.
     assert harness.scheduler.schedule().joins == []

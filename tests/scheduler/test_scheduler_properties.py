@@ -23,9 +23,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         tree_size=st.sampled_from([1, 2, 4, 8, 16]),
         max_step_tokens=st.integers(1, 12),
         enable_prefix_cache=st.booleans(),
+        has_late_results=st.booleans(),
         seed=st.integers(0, 99),
     )
-    def build(self, steps_in_flight, num_blocks, tree_size, max_step_tokens, enable_prefix_cache, seed):
+    def build(self, steps_in_flight, num_blocks, tree_size, max_step_tokens, enable_prefix_cache, has_late_results, seed):
         self.harness = Harness(
             max_steps_in_flight=steps_in_flight,
             num_blocks=num_blocks,
@@ -37,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             max_queued_requests=8,
             enable_prefix_cache=enable_prefix_cache,
             max_model_len=36,
+            has_late_results=has_late_results,
             seed=seed,
         )
 
