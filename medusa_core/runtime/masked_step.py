@@ -2,7 +2,7 @@
 
 What a grammar allows at a node depends on the drafts above it, which the host must see. A thread makes the masks while the device
 is at the second part, and at steps of other lanes launched behind it; the third is launched when they are there. Lanes without a
-grammar share the first two parts, as further rows of a forward pass cost next to nothing, and are done with right behind the second.
+grammar share the first two parts, as further rows of a forward pass cost next to nothing, and are done behind the second.
 
 Shapes: B lanes of the step · G lanes with a grammar · N nodes · T packed rows · R most rows of a step · W words of 32 tokens ·
 E hidden.
