@@ -38,9 +38,12 @@ def text_loader(settings: ServerSettings) -> TextLoader:
 
     Its libraries are imported in a thread meanwhile, as the engine's process takes longer to load the model.
     """
-    threading.Thread(target=_import_tokenizers, name="import-tokenizers", daemon=True).start()
+    importing = threading.Thread(target=_import_tokenizers, name="import-tokenizers", daemon=True)
+    importing.start()
 
     def load(info: EngineInfo) -> TextProcessor:
+        # Where the engine is there already it is known at once, and a second thread that imports transformers finds it half made.
+        importing.join()
         return TextProcessor.load(
             info.tokenizer_path, chat_template=settings.chat_template, trust_remote_code=settings.trust_remote_code
         )
