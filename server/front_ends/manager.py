@@ -82,7 +82,13 @@ class FrontEndManager:
         self._listener = listener
         self._load_text = load_text
         self._created = int(time.time())
-        self._client = WorkerClient(config, build=build, log_level=settings.log_level.upper(), on_change=self._on_engine_change)
+        self._client = WorkerClient(
+            config,
+            build=build,
+            log_level=settings.log_level.upper(),
+            log_format=settings.log_format,
+            on_change=self._on_engine_change,
+        )
         self._page = MetricsPage(self._client, settings, self._collect)
         self._limiter = SharedLimiter()
         self._state = State()

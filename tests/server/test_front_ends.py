@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from pathlib import Path
@@ -246,3 +247,12 @@ async def test_a_failed_first_load_is_one_sentence_and_code_2(tmp_path, behaviou
     server = Server(tmp_path / "log", behaviour, "--api-workers", "2", "--chat-template", template)
     assert await server.exit_code() == 2
     assert message in server.log.read_text().splitlines()
+
+
+@pytest.mark.long
+async def test_logs_of_all_processes_are_json(tmp_path):
+    server = Server(tmp_path / "log", "refuse", "--api-workers", "2", "--log-format", "json")
+    assert await server.exit_code() == 2
+    events = [json.loads(line) for line in server.log.read_text().splitlines()]
+    loggers = {event["logger"] for event in events}
+    assert {"server.http_server", "medusa_core.engine.worker", "server.main"} <= loggers
