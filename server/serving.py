@@ -17,7 +17,7 @@ from prometheus_client import CollectorRegistry
 from medusa_core.engine.client import EngineClient
 from medusa_core.engine.logs import adopt_library_logs
 from medusa_core.errors import DrainingError, EngineNotReadyError
-from medusa_core.outputs import EngineInfo, EngineStats
+from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor, import_tokenizers
 from medusa_core.text.tool_formats import ToolFormat, find_tool_format
 from server.errors import ModelNotFoundError
@@ -157,8 +157,7 @@ class Serving:
         if self.siblings is not None:
             return await self.siblings.metrics_page()
         if self.model is not None:
-            # A dead engine runs nothing, whatever its last snapshot said; its totals start again at 0.
-            self.model.engine_metrics.update(self.client.stats if self.client.is_ready else EngineStats())
+            self.model.engine_metrics.update(self.client.stats if self.client.is_ready else None)
         has_vllm_names = not self.settings.no_vllm_metrics
         return render(self.registry.collect(), self.engine_registry.collect(), has_vllm_names=has_vllm_names)
 

@@ -82,7 +82,7 @@ def _top() -> Sequence[Builder[Panel]]:
             description="Held by live requests, of the fullest server.",
             steps=[(0.8, "yellow"), (0.95, "red")],
         ),
-        stats("Engines", gauge("engine_info", function="count"), unit="short", description="Servers that have loaded a model."),
+        stats("Engines", gauge("engine_up"), unit="short", description="Servers whose engine takes requests."),
     ]
 
 

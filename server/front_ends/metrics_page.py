@@ -77,8 +77,8 @@ class MetricsPage:
             self._engine_metrics = EngineMetrics(self._engine_registry, model_name=model_name, info=info)
 
     def on_engine_down(self) -> None:
-        """A dead engine runs nothing, whatever its last snapshot said; its totals start again at 0."""
-        self._update(EngineStats())
+        """The page tells so until it is up again."""
+        self._update(None)
 
     async def render(self) -> bytes:
         """The page, within COLLECT_TIMEOUT_S or soon after."""
@@ -109,6 +109,6 @@ class MetricsPage:
         if self._client.is_ready:
             self._update(self._client.stats)
 
-    def _update(self, stats: EngineStats) -> None:
+    def _update(self, stats: EngineStats | None) -> None:
         if self._engine_metrics is not None:
             self._engine_metrics.update(stats)

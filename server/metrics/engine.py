@@ -58,19 +58,21 @@ class EngineMetrics(Collector):
         self._labels = {"model_name": model_name}
         self._info = info
         self._stats = EngineStats(num_blocks=info.num_blocks)
+        self._is_up = False
         # How often the engine had been started when the totals were last taken; what had been counted before that start; and now.
         self._num_starts = 0
         self._earlier = {name: list[float]() for name in _TOTALS}
         self._totals = {name: list[float]() for name in _TOTALS}
         registry.register(self)
 
-    def update(self, stats: EngineStats) -> None:
-        """Take over a snapshot. An engine that is dead has an empty one.
+    def update(self, stats: EngineStats | None) -> None:
+        """Take over a snapshot; None of an engine that is dead, which runs nothing, whatever its last one said.
 
         A snapshot's totals start again at 0 when the worker is restarted; the counters do not, nor do they fall when snapshots come
         out of order.
         """
-        self._stats = stats
+        self._is_up = stats is not None
+        stats = self._stats = EngineStats() if stats is None else stats
         if stats.num_starts > self._num_starts:
             self._num_starts = stats.num_starts
             self._earlier = self._totals
@@ -83,6 +85,7 @@ class EngineMetrics(Collector):
             }
 
     def collect(self) -> Iterator[Metric]:
+        yield self._gauge("engine_up", "1 while the engine takes requests, 0 while it is down.", self._is_up)
         for name, attribute, text in _GAUGES:
             yield self._gauge(name, text, getattr(self._stats, attribute))
         yield self._gauge("kv_cache_blocks", "KV cache blocks there are.", self._info.num_blocks)

@@ -64,9 +64,9 @@ def test_totals_go_on_when_the_worker_is_restarted():
 def test_a_dead_engine_runs_nothing_and_an_old_snapshot_takes_nothing_back():
     page = Page()
     page.metrics.update(EngineStats(num_starts=2, num_running=3, num_blocks_used=5, num_blocks=100, num_steps_total=30))
-    assert (page("num_requests_running"), page("kv_cache_usage_perc")) == (3, 0.05)
-    page.metrics.update(EngineStats())
-    assert (page("num_requests_running"), page("kv_cache_usage_perc")) == (0, 0)
+    assert (page("num_requests_running"), page("kv_cache_usage_perc"), page("engine_up")) == (3, 0.05, 1)
+    page.metrics.update(None)
+    assert (page("num_requests_running"), page("kv_cache_usage_perc"), page("engine_up")) == (0, 0, 0)
     assert (page("engine_steps_total"), page("worker_restarts_total"), page("kv_cache_blocks")) == (30, 1, 100)
     page.metrics.update(EngineStats(num_starts=2, num_steps_total=28))
     page.metrics.update(EngineStats(num_starts=1, num_steps_total=99))

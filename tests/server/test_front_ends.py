@@ -128,8 +128,10 @@ async def test_a_killed_engine_turns_all_unready_until_it_is_back(server, http):
         assert response.headers["retry-after"]
     after = await scrape(http)
     assert after["medusa_num_requests_running"] == 0
+    assert (before["medusa_engine_up"], after["medusa_engine_up"]) == (1, 0)
     assert grown(before, after, "medusa_request_success_total", "finished_reason", "error") == len(tasks)
     await until(lambda: is_ready(http))
+    assert (await scrape(http))["medusa_engine_up"] == 1
     assert server.front_ends == front_ends
     for lines in await asyncio.gather(*await server.start_in_both(http)):
         assert lines[-1] == "data: [DONE]"

@@ -38,7 +38,9 @@ async def test_while_loading_the_server_is_alive_but_not_ready(make_http):
 async def test_a_dead_worker_turns_health_red_until_it_is_back(make_http):
     client = FakeClient()
     http = await make_http(client)
+    assert '\nmedusa_engine_up{model_name="tiny"} 1.0\n' in (await http.get("/metrics")).text
     client.is_alive = False
+    assert '\nmedusa_engine_up{model_name="tiny"} 0.0\n' in (await http.get("/metrics")).text
     assert (await http.get("/health")).status_code == 503
     assert (await http.get("/ready")).status_code == 503
     assert error_of(await http.post("/v1/completions", json=BODY), 503)["code"] == "engine_not_ready"
