@@ -252,7 +252,9 @@ class FrontEndManager:
         self._router.send(name, Page(question.scrape_id, await self._page.render()))
 
     async def _answer_acquire(self, name: str, question: Acquire) -> None:
-        self._router.send(name, await self._limiter.acquire(name, question))
+        # It may have died since it asked; what is taken now nobody would give back.
+        if name in self._front_ends:
+            self._router.send(name, await self._limiter.acquire(name, question))
 
     # The end
 

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 
 import msgspec
 
+from server.front_ends.manager import FrontEndManager
 from server.front_ends.messages import Acquire, Admitted, FromFrontEnd, Settle, ToFrontEnd
 from server.front_ends.shared_limits import RemoteLimiter, SharedLimiter
 from server.limits import KeyLimits
+from server.settings import ServerSettings
+from tests.engine.harness import FAKE_BUILD, make_config
 
 TWO_AT_ONCE = KeyLimits(parallel_requests=2)
 TOKENS = KeyLimits(tokens_per_minute=100)
@@ -56,6 +60,15 @@ async def test_a_front_end_that_dies_settles_what_it_had_not():
     shared.forget("never asked")
     assert (await other.limiter.acquire("alice", TWO_AT_ONCE)).refused_for is None
     assert (await other.limiter.acquire("alice", TWO_AT_ONCE)).refused_for == "parallel"
+
+
+async def test_a_front_end_that_has_died_since_it_asked_takes_nothing():
+    with socket.socket() as listener:
+        manager = FrontEndManager(make_config(), ServerSettings(), listener, build=FAKE_BUILD, load_text="")
+        for _ in range(2):
+            await manager._answer_acquire("0-0", Acquire(1, "alice", TWO_AT_ONCE))
+        admitted = await manager._limiter.acquire("1-0", Acquire(1, "alice", TWO_AT_ONCE))
+    assert admitted.allowance.refused_for is None
 
 
 async def test_an_allowance_that_nobody_waits_for_any_more_is_given_back():
