@@ -47,6 +47,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_deadline()
+        # What came in one piece with their end has not been counted yet.
+        if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
+            raise ValueError("The headers are too large.")  # uvicorn answers 400 and closes the connection
         self._is_in_body = True
         super().on_headers_complete()
 

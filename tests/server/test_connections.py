@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from unittest.mock import Mock
 from urllib.parse import urlsplit
 
 import httpx
 import pytest
+import uvicorn
+from uvicorn.server import ServerState
 
-from server.connection import MAX_HEAD_BYTES
+from server.connection import MAX_HEAD_BYTES, connection_options
+from server.settings import ServerSettings
 from tests.server.fakes import FakeClient
 from tests.server.test_bad_input import error_of
 
@@ -102,6 +106,22 @@ async def test_headers_have_a_limit(make_server):
             writer.write(b"x-more: " + b"a" * 1000 + b"\r\n")
             await asyncio.sleep(0.001)
         assert await closed == b""
+
+
+async def test_headers_that_come_at_once_have_the_same_limit():
+    async def app(_scope, _receive, _send):
+        raise AssertionError
+
+    config = uvicorn.Config(app, **connection_options(ServerSettings()))
+    config.load()
+    protocol = config.http_protocol_class(config, ServerState(), {})
+    transport = Mock()
+    protocol.connection_made(transport)
+    protocol.data_received(b"GET /health HTTP/1.1\r\nx-big: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n")
+    assert transport.write.call_args.args[0].startswith(b"HTTP/1.1 400 ")
+    assert transport.close.called
+    assert not protocol.tasks
+    protocol.connection_lost(None)
 
 
 async def test_a_refusal_does_not_cut_off_a_body_under_way_unless_it_never_ends(make_server):
