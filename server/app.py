@@ -17,7 +17,7 @@ from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
 from server import openapi
-from server.auth import APIKeyMiddleware, CrossSiteMiddleware
+from server.auth import OPEN_PATHS, APIKeyMiddleware, CrossSiteMiddleware
 from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
 from server.limits import RATE_LIMIT_HEADERS
 from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
@@ -79,7 +79,7 @@ def create_app(
             allow_headers=["*"],
             expose_headers=["x-request-id", "openai-processing-ms", "retry-after", *RATE_LIMIT_HEADERS],
         )
-    app.add_middleware(ObservabilityMiddleware, serving=serving, paths=document["paths"])
+    app.add_middleware(ObservabilityMiddleware, serving=serving, paths=[*document["paths"], *OPEN_PATHS])
     return app
 
 

@@ -137,10 +137,12 @@ async def test_http_requests_are_counted_by_route_and_not_by_path(make_http):
     await http.get("/v1/models/b")
     await http.get("/x1")
     await http.get("/x2")
+    await http.get("/docs")
     await http.request("BREW", "/x3")
     values = await scrape(http)
     assert values["medusa_http_requests_total", "route", "/v1/models/{name:path}"] == 2
     assert values["medusa_http_requests_total", "route", "unmatched"] == 3
+    assert values["medusa_http_requests_total", "route", "/docs"] == 1
     assert values["medusa_http_requests_total", "method", "OTHER"] == 1
     assert values["medusa_http_requests_total", "status", "404"] == 5
     assert values["medusa_http_request_duration_seconds_count", "route", "unmatched"] == 3
