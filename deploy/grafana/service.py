@@ -123,15 +123,22 @@ def _requests() -> Sequence[Builder[Panel]]:
             "Server errors",
             [(_error_share(), "5xx of /v1")],
             unit="percentunit",
-            width=12,
+            width=8,
             description="Share of the requests to /v1. The alert MedusaServerErrors watches it.",
         ),
         series(
             "Duration by route, p95",
             [(quantile(0.95, "http_request_duration_seconds", of=API, by="route"), "{{route}}")],
             unit="s",
-            width=12,
+            width=8,
             description="Arrival of a request to the end of its answer, streams to their end.",
+        ),
+        series(
+            "Front ends",
+            [(gauge("front_ends", by="instance"), "{{instance}}")],
+            unit="short",
+            width=8,
+            description="HTTP processes that answer. Fewer than --api-workers: one has died, and its log says why it is not back.",
         ),
     ]
 

@@ -19,6 +19,10 @@ class GenerationMetrics:
         self._registry = registry
         self._model_name = model_name
         self._token_rate = TokenRate()
+        # Of each 1, so that their sum is how many there are.
+        Gauge("medusa_front_ends", "HTTP processes that take requests.", ("model_name",), registry=registry).labels(model_name).set(
+            1
+        )
         self._create_token_metrics(buckets.up_to(max_model_len))
         self._create_time_metrics()
         self._create_speculation_metrics(max_depth)

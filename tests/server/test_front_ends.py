@@ -110,6 +110,7 @@ async def test_a_killed_front_end_takes_only_its_own_requests_along_and_is_repla
     assert len(server.front_ends) == 2
     assert victim not in server.front_ends
     assert other in server.front_ends
+    assert (await scrape(http))["medusa_front_ends"] == 2
     assert server.engine == engine
     assert await is_ready(http)
 
@@ -147,6 +148,7 @@ async def test_a_front_end_that_hangs_is_counted_as_it_was(server, http):
     finally:
         os.kill(hanging, signal.SIGCONT)
     assert values["medusa_generation_tokens_total"] == before["medusa_generation_tokens_total"]
+    assert (before["medusa_front_ends"], values["medusa_front_ends"]) == (2, 1)
     # A rate tells of now, which nobody knows of one that hangs.
     assert 0 < values["medusa_tokens_per_second"] < before["medusa_tokens_per_second"]
 
