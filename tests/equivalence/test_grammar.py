@@ -177,6 +177,7 @@ def test_kernels_give_the_same_tokens(plain, model, monkeypatch):
     assert max(num_beside) > 0
 
 
+@pytest.mark.long
 def test_a_lane_that_waits_for_its_masks_may_be_given_away(plain, model):
     names = ["regex, greedy", "free, greedy", "schema, greedy"]
     numbers = [NAMES.index(name) for name in names]
@@ -209,7 +210,7 @@ def test_a_lane_that_waits_for_its_masks_may_be_given_away(plain, model):
         assert tokens[name] == plain[number, 0].token_ids[:5], name
 
 
-@pytest.mark.parametrize("mode", ["eager", "captured"])
+@pytest.mark.parametrize("mode", ["eager", pytest.param("captured", marks=pytest.mark.long)])
 def test_typical_acceptance_takes_no_draft_that_the_grammar_forbids(mode, plain, model):
     """The drafts are those of other texts, so many are forbidden where they stand."""
     params = SamplingParams(temperature=1.0, seed=1, max_tokens=30, grammar=GRAMMARS["regex"], typical_acceptance=(1e-6, 1.0))
