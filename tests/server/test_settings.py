@@ -85,6 +85,14 @@ def test_wrong_values_end_with_code_2_and_one_sentence(arguments, mention, capsy
     assert stderr.count("\n") == 1
 
 
+def test_wrong_keys_are_told_once_before_any_front_end_starts(tmp_path, capsys):
+    arguments = ["--api-workers", "2", "--port", "0", "--api-key-file", str(tmp_path / "none.toml")]
+    assert main.run(arguments) == main.EXIT_USAGE
+    stderr = capsys.readouterr().err
+    assert stderr.count("--api-key-file") == 1
+    assert "Listening" not in stderr
+
+
 def test_a_refused_key_is_not_shown(capsys):
     main.run(["--api-key", "secret", ""])
     assert "secret" not in capsys.readouterr().err
