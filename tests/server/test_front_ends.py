@@ -164,9 +164,10 @@ async def test_limits_of_a_key_hold_over_all_and_end_with_who_used_them(tmp_path
                 return (await scrape(http))["medusa_num_requests_running"] == 12
 
             await until(are_running)
-            victim, other = server.front_ends
+            # they may all have come to one
+            other, victim = sorted(server.front_ends, key=server.num_connections)
             num_lost = server.num_connections(victim)
-            assert server.num_connections(other) == 12 - num_lost > 0
+            assert server.num_connections(other) == 12 - num_lost
             refusals = await asyncio.gather(*(http.post("/v1/completions", json=BODY) for _ in range(8)))
             assert {response.status_code for response in refusals} == {429}
             os.kill(victim, signal.SIGKILL)
