@@ -153,6 +153,7 @@ def test_the_same_tokens_with_speculation(variant, plain, model):
         assert core.stats().num_preemptions_total > 0
 
 
+@pytest.mark.long
 def test_kernels_give_the_same_tokens(plain, model, monkeypatch):
     """Where there is a GPU, captured when they are first needed: masks arrive in the middle of a step, whose forward pass lanes
     without a grammar share."""

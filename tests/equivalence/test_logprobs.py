@@ -76,7 +76,9 @@ def check(loaded: LoadedModel, outputs: dict[tuple[int, int], Output]) -> None:
             check_entries(output.prompt_logprobs, expected_logprobs(loaded, prompt, params.num_prompt_logprobs))
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant", [pytest.param(variant, marks=[pytest.mark.long] if variant == "kernels" else []) for variant in VARIANTS]
+)
 def test_logprobs_are_those_of_transformers(variant):
     options = dict(VARIANTS[variant])
     loaded = dataclasses.replace(tiny_model(ARCHITECTURE), max_model_len=options.pop("max_model_len", 256))
