@@ -43,15 +43,20 @@ async def streamed(http, **body):
     return chunks[-1].get("usage")
 
 
-async def hung_up(http):
-    """A client that goes away while its answer is being made."""
-    task = asyncio.create_task(whole(http, prompt="gone", max_tokens=200))
-    await asyncio.sleep(0.15)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+async def hung_up(http, client):
+    """Three clients that go away while their answers are being made, each of which has come to a few tokens."""
+    tasks = [asyncio.create_task(whole(http, prompt="gone", max_tokens=200)) for _ in range(3)]
+    lengths = Counter()
+    async with asyncio.timeout(20):
+        while len(lengths) < len(tasks) or min(lengths.values()) < 9:
+            await asyncio.sleep(0.01)
+            lengths = Counter(delta.request_id for delta in client.deltas for token in delta.token_ids if token == ord("x"))
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def mixed_traffic(http):
+async def mixed_traffic(http, client):
     """Usages of the requests that got an answer."""
     requests = [
         whole(http),
@@ -61,7 +66,7 @@ async def mixed_traffic(http):
         streamed(http, max_tokens=1),
         streamed(http, max_tokens=5, speculative={"enabled": False}),
         whole(http, prompt=["one", "two"], max_tokens=9),
-        *(hung_up(http) for _ in range(3)),
+        hung_up(http, client),
         whole(http, max_tokens=-1),
         whole(http, model="other"),
     ]
@@ -75,7 +80,7 @@ def long_answer(request, choice_idx):
 async def test_counters_are_the_sum_of_what_requests_were_told(make_http, records):
     client = FakeClient(answer=long_answer, step_s=0.02)
     http = await make_http(client)
-    usages = await mixed_traffic(http)
+    usages = await mixed_traffic(http, client)
     page = await scrape(http)
     assert len(usages) == 7
     ended = {
