@@ -60,7 +60,7 @@ class _Lane:
     num_renewals: int = 0
     failure: str = ""
 
-    def new_probe(self) -> LLMatcher:
+    def usable_probe(self) -> LLMatcher:
         """The one there is, unless it has to be made anew."""
         if self.probe is None:
             self.probe = self.matcher.deep_copy()
@@ -180,8 +180,8 @@ class GrammarLanes:
         rows_JW = np.zeros((len(jobs) * (len(chain.path) + 1), self._compiler.num_mask_words), dtype=np.int32)
         places = range(0, len(rows_JW), len(chain.path) + 1)
         self._executor = self._executor or LLExecutor()
-        rooted = [(tree.lane.new_probe(), place) for tree, place in zip(jobs, places, strict=True) if not tree.drafts]
-        drafted = [(tree.lane.new_probe(), place, tree.drafts) for tree, place in zip(jobs, places, strict=True) if tree.drafts]
+        rooted = [(tree.lane.usable_probe(), place) for tree, place in zip(jobs, places, strict=True) if not tree.drafts]
+        drafted = [(tree.lane.usable_probe(), place, tree.drafts) for tree, place in zip(jobs, places, strict=True) if tree.drafts]
         # Neither takes an empty list.
         if rooted:
             fill_next_token_bitmask_par(self._executor, rooted, rows_JW)
@@ -191,7 +191,7 @@ class GrammarLanes:
         self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
         for tree, place in zip(jobs, places, strict=True):
             lane = tree.lane
-            if not lane.new_probe().is_error() and tree.accept(chain, rows_JW[place:, : self.num_words]):
+            if not lane.usable_probe().is_error() and tree.accept(chain, rows_JW[place:, : self.num_words]):
                 continue
             lane.probe = None
             lane.num_probe_failures += 1
