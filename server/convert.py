@@ -113,6 +113,7 @@ def new_output(body: GenerationBody, model: ServedModel, prompt_token_ids: list[
         # An object that response_format asks for is no call, whatever is in it: the grammar gives calls their markers.
         offered_tools=[tool.function.name for tool in tools if body.response_format is None],
         is_single_call=isinstance(body, ChatBody) and body.parallel_tool_calls is False,
+        are_calls_held=isinstance(body, ChatBody) and body.has_strict_tools,
     )
 
 

@@ -52,10 +52,15 @@ def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
     """What the answer must be a text of, as far as tools and the fields about its form say so. Raises RequestError.
 
     Where a call is demanded, the answer is calls, and has no content that response_format could be about. Where the model is free
-    to call, the answer is calls or what response_format asks for.
+    to call, the answer is calls or what response_format asks for, or any text with calls in it, which has a grammar only for the
+    sake of strict functions.
     """
     form = output_grammar(body)
-    if not body.has_callable_tools or model.tool_format is None or (form is None and body.has_free_choice):
+    if (
+        not body.has_callable_tools
+        or model.tool_format is None
+        or (form is None and body.has_free_choice and not body.has_strict_tools)
+    ):
         return form
     if body.structured_outputs is not None:
         raise InvalidParameterError(
@@ -63,8 +68,11 @@ def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
             param="structured_outputs",
         )
     choice = body.tool_choice
+    is_text = form is None and body.has_free_choice
     functions = [
-        _function(tool) for tool in body.tools or () if not isinstance(choice, dict) or tool.function.name == _name(choice)
+        _function(tool, is_held=not is_text or tool.function.strict is True)
+        for tool in body.tools or ()
+        if not isinstance(choice, dict) or tool.function.name == _name(choice)
     ]
     try:
         text = model.tool_format.grammar(
@@ -72,6 +80,7 @@ def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
             is_single=body.parallel_tool_calls is False or isinstance(choice, dict),
             has_marker_tokens=len(model.text.encode(model.tool_format.marker, add_special_tokens=False)) == 1,
             answer_schema=json.loads(form.text) if form is not None and body.has_free_choice else None,
+            text_tokens=model.text.added_tokens() if is_text else None,
         )
     except RecursionError as error:
         raise InvalidParameterError("Parameters of tools are nested too deeply.", param="tools") from error
@@ -84,8 +93,9 @@ def _name(choice: dict[str, Any]) -> str:
     return str(choice["function"]["name"])
 
 
-def _function(tool: Tool) -> ToolFunction:
-    parameters = tool.function.parameters
+def _function(tool: Tool, *, is_held: bool) -> ToolFunction:
+    """is_held: to its schema."""
+    parameters = tool.function.parameters if is_held else {}
     return ToolFunction(name=tool.function.name, parameters=_NO_PARAMETERS if parameters is None else parameters)
 
 

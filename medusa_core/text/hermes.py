@@ -21,6 +21,8 @@ CLOSE = "</tool_call>"
 
 # Openings of blocks of Markdown.
 _BLOCKS = ("```json\n", "```\n")
+# What `str.isspace` says of.
+_SPACE = r"[\s\x1c-\x1f]"
 # How llguidance is to write JSON.
 _SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
@@ -43,25 +45,59 @@ def hermes_grammar(
     is_single: bool,
     has_marker_tokens: bool,
     answer_schema: Mapping[str, Any] | None = None,
+    text_tokens: Mapping[int, str] | None = None,
 ) -> str:
     """Lark text, in the dialect of llguidance, of an answer that is one call of these functions, or one or more.
 
     has_marker_tokens: the markers are tokens of their own, which llguidance matches as tokens and never as text. answer_schema: the
-    answer may also be JSON of this schema. Separators of JSON are those that chat templates print, so that there is no white space
-    to go on with for ever.
+    answer may also be JSON of this schema. text_tokens: the answer is any text, with any number of calls in it; those are the ids
+    and spellings of the tokens that are no plain text and yet may be there. Separators of JSON are those that chat templates print,
+    so that there is no white space to go on with for ever.
     """
     open_marker, close_marker = (OPEN, CLOSE) if has_marker_tokens else (json.dumps(OPEN), json.dumps(CLOSE))
-    calls = "call" if is_single else 'call ("\\n" call)*'
-    rules = [
-        f"start: {calls}" if answer_schema is None else f"start: {calls} | answer",
-        f'call: {open_marker} "\\n" ({" | ".join(f"call_{i}" for i in range(len(functions)))}) "\\n" {close_marker}',
-    ]
+    rules = [f'call: {open_marker} "\\n" ({_any_of("call", functions)}) "\\n" {close_marker}']
+    if text_tokens is not None:
+        rules += _text_rules(functions, text_tokens, has_marker_tokens=has_marker_tokens)
+    else:
+        calls = "call" if is_single else 'call ("\\n" call)*'
+        rules.append(f"start: {calls}" if answer_schema is None else f"start: {calls} | answer")
     for i, function in enumerate(functions):
         head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
         rules += [f'call_{i}: {head} arguments_{i} "}}"', _json_rule(f"arguments_{i}", {"type": "object", **function.parameters})]
     if answer_schema is not None:
         rules.append(_json_rule("answer", answer_schema))
     return "\n".join(rules) + "\n"
+
+
+def _text_rules(functions: Sequence[ToolFunction], text_tokens: Mapping[int, str], *, has_marker_tokens: bool) -> list[str]:
+    """Text in which every call that `HermesParser(is_held=True)` finds has the arguments of its function.
+
+    A head is what a call without marker tokens may begin with, up to its name: at the beginning of the answer, behind a call, or
+    behind a marker spelt in text. It is lazy, so that it ends there, and what follows shows whether there was a call.
+    """
+    others = ",".join(str(token_id) for token_id, spelling in text_tokens.items() if spelling not in (OPEN, CLOSE))
+    text = f"head* TEXT (<[{others}]> head* TEXT)*" if others else "head* TEXT"
+    behind_call = rf"({_SPACE}|\}})*((```|<\/tool_call>)({_SPACE}|\}})*)?"
+    return [
+        f"start: (bare | {text} call)* {text}" if has_marker_tokens else f"start: bare* {text}",
+        "TEXT: /(?s:.*)/",
+        f"bare: head+ ({_any_of('bare', functions)}) END",
+        rf"head[lazy]: /({behind_call}(```(json)?\n)?|(?s:.*)<tool_call>){_SPACE}*\{{{_SPACE}*\"name\"{_SPACE}*:{_SPACE}*\"/",
+        *(
+            line
+            for i, function in enumerate(functions)
+            for line in (
+                rf"name_{i}[lazy]: /{function.name}\"{_SPACE}*,{_SPACE}*\"arguments\"{_SPACE}*:/",
+                f"bare_{i}: name_{i} SPACE? arguments_{i}",
+            )
+        ),
+        f"SPACE: /{_SPACE}{{1,40}}/",
+        rf"END: /{_SPACE}{{0,40}}\}}/",
+    ]
+
+
+def _any_of(rule: str, functions: Sequence[ToolFunction]) -> str:
+    return " | ".join(f"{rule}_{i}" for i in range(len(functions)))
 
 
 def _json_rule(name: str, schema: Mapping[str, Any]) -> str:
@@ -91,12 +127,15 @@ class HermesParser:
     White space in front of a call belongs to the call, and so does what the last one leaves in front of the end.
     """
 
-    def __init__(self, *, offered: Collection[str] = (), is_single: bool = False) -> None:
-        """offered: names of functions, for calls without markers. is_single: the first call is the last."""
+    def __init__(self, *, offered: Collection[str] = (), is_single: bool = False, is_held: bool = False) -> None:
+        """offered: names of functions, for calls without markers. is_single: the first call is the last. is_held: the text keeps to
+        the grammar of text with calls, and what the grammar cannot hold to a schema is no call: one without a marker behind other
+        text, without arguments, or with those in front of the name."""
         self._offered = offered
         # Where a line begins, and where the answer or what follows a call does.
-        self._line_openings = (OPEN, *_BLOCKS) if offered else (OPEN,)
-        self._first_openings = (*self._line_openings, "{") if offered else (OPEN,)
+        self._line_openings = (OPEN, *_BLOCKS) if offered and not is_held else (OPEN,)
+        self._first_openings = (OPEN, *_BLOCKS, "{") if offered else (OPEN,)
+        self._is_held = is_held
         self._is_single = is_single
         self._num_started = 0
         self._num_ended = 0
@@ -224,7 +263,7 @@ class HermesParser:
         if key == "name":
             name = yield from self._read_name(is_marked)
             yield from self._skip_space()
-            if self._next == "}" and is_marked:
+            if self._next == "}" and is_marked and not self._is_held:
                 self._tell(["{}"], self._start(name))
                 self._num_ended += 1
                 return
@@ -234,7 +273,7 @@ class HermesParser:
             if self._next != "{":
                 raise _MalformedError
             yield from self._read_object(self._start(name))
-        elif key == "arguments":
+        elif key == "arguments" and not self._is_held:
             yield from self._skip_space()
             num_before = len(self._held)
             if self._next != "{":

@@ -154,6 +154,10 @@ class TextProcessor:
         """The bytes that a token adds to a text, perhaps a part of a character; special tokens as they are spelt."""
         return self._tokenizer.token_bytes(token_id)
 
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens beside those of plain text that texts show, such as markers of thoughts: their ids and spellings."""
+        return self._tokenizer.added_tokens()
+
     def tokenizer_info(self) -> dict[str, Any]:
         """The tokenizer, named as in tokenizer_config.json, with the chat template that is in use."""
         return self._tokenizer.info() | {"chat_template": self._chat_template.source}
@@ -199,6 +203,7 @@ class TextProcessor:
         tool_format: ToolFormat | None = None,
         offered_tools: Collection[str] = (),
         is_single_call: bool = False,
+        are_calls_held: bool = False,
     ) -> OutputText:
         """Start the text of one choice.
 
@@ -208,6 +213,7 @@ class TextProcessor:
         tool_format: of the tool calls to be taken out of the text. Where its marker is a special token, no token is skipped,
             as it must be seen.
         offered_tools: names of the functions that the model was told of. is_single_call: the output ends with its first call.
+            are_calls_held: a grammar of text with calls holds them to schemas.
         """
         if tool_format is not None and skip_special_tokens:
             skip_special_tokens = tool_format.marker in self.decode(self.encode(tool_format.marker, add_special_tokens=False))
@@ -219,5 +225,7 @@ class TextProcessor:
             prompt_token_ids=prompt_token_ids,
         )
         matcher = StopMatcher(stop, is_included=include_stop_str_in_output)
-        parser = None if tool_format is None else tool_format.new_parser(offered=offered_tools, is_single=is_single_call)
+        parser = None
+        if tool_format is not None:
+            parser = tool_format.new_parser(offered=offered_tools, is_single=is_single_call, is_held=are_calls_held)
         return OutputText(detokenizer, matcher, stop_token_ids, parser)

@@ -130,6 +130,11 @@ class Tokenizer:
         # The second of two, since a text's first token may lose its space.
         return self.decode([token_id] * 2)[len(self.decode([token_id])) :].encode()
 
+    def added_tokens(self) -> dict[int, str]:
+        """Tokens that were added to the vocabulary and are not special: they stand for what they spell, and texts show them."""
+        tokens = self.hf_tokenizer.added_tokens_decoder
+        return {token_id: str(token.content) for token_id, token in tokens.items() if not token.special}
+
     def info(self) -> dict[str, Any]:
         """Its class in transformers, and under the names of `tokenizer_config.json` its special tokens and chat template."""
         tokenizer = self.hf_tokenizer

@@ -11,14 +11,15 @@ from medusa_core.text.tool_calls import ToolCallParser, ToolFunction
 
 
 class NewParser(Protocol):
-    """offered: names of the functions. is_single: the answer ends with its first call."""
+    """offered: names of the functions. is_single: the answer ends with its first call. is_held: it keeps to a grammar of text with
+    calls; the parser finds no calls but those that the grammar holds to their schema."""
 
-    def __call__(self, *, offered: Collection[str], is_single: bool) -> ToolCallParser: ...
+    def __call__(self, *, offered: Collection[str], is_single: bool, is_held: bool) -> ToolCallParser: ...
 
 
 class WriteGrammar(Protocol):
     """Lark text of an answer of one or more calls, or exactly one. has_marker_tokens: `ToolFormat.marker` is one token.
-    answer_schema: or of JSON."""
+    answer_schema: or of JSON. text_tokens: or of any text, with calls in it; tokens, by id, that may be there beside plain ones."""
 
     def __call__(
         self,
@@ -27,6 +28,7 @@ class WriteGrammar(Protocol):
         is_single: bool,
         has_marker_tokens: bool,
         answer_schema: Mapping[str, Any] | None = None,
+        text_tokens: Mapping[int, str] | None = None,
     ) -> str: ...
 
 

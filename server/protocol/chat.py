@@ -159,6 +159,10 @@ class ChatBody(GenerationBody):
         return self.tool_choice in (None, "auto")
 
     @property
+    def has_strict_tools(self) -> bool:
+        return any(tool.function.strict for tool in self.tools or ())
+
+    @property
     def num_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 

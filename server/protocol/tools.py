@@ -32,8 +32,8 @@ _OBJECT_SCHEMA = Described({"properties": {"type": {"const": "object"}}})
 
 
 class FunctionDefinition(Body):
-    """parameters: left out for a function that has none. strict: accepted, as the SDK always sends it; but with it or without,
-    arguments are held to the schema only where tool_choice enforces a call."""
+    """parameters: left out for a function that has none. strict: arguments are held to the schema also where calling is the model's
+    own choice; where tool_choice enforces a call, they always are."""
 
     name: Annotated[str, AfterValidator(_check_name), Described({"pattern": f"^({TOOL_NAME.pattern})$"})]
     description: str | None = None

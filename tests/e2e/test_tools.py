@@ -59,6 +59,27 @@ TIME = {
 }
 
 
+def test_a_strict_function_is_called_in_free_text_with_arguments_of_its_schema(server: Server):
+    """The model would name the zone its own way, and does where it may."""
+    question = {"role": "user", "content": "What time is it in Tokyo? Do not tell me the seconds."}
+    strict = {**TIME, "function": {**TIME["function"], "strict": True}}
+
+    def called(tool, enabled=True):
+        options = {**OPTIONS, "tools": [WEATHER, tool], "extra_body": {"speculative": {"enabled": enabled}}}
+        choice = server.sdk().chat.completions.create(messages=[question], **options).choices[0]
+        assert choice.finish_reason == "tool_calls"
+        return [(call.function.name, json.loads(call.function.arguments)) for call in choice.message.tool_calls]
+
+    ((name, free),) = called(TIME)
+    assert name == "get_time"
+    assert free.get("zone") not in ("UTC", "CET")
+    ((name, held),) = called(strict)
+    assert name == "get_time"
+    assert held["zone"] in ("UTC", "CET")
+    assert isinstance(held["seconds"], bool)
+    assert called(strict, enabled=False) == [(name, held)]
+
+
 @pytest.mark.parametrize("enabled", [True, False])
 def test_a_call_by_name_is_enforced_whatever_the_question(server: Server, enabled: bool):
     options = {**OPTIONS, "tools": [WEATHER, TIME], "extra_body": {"speculative": {"enabled": enabled}}}

@@ -57,6 +57,9 @@ class FakeText:
     def token_bytes(self, token_id):
         return chr(token_id).encode() if token_id != EOS else b"</s>"
 
+    def added_tokens(self):
+        return {}
+
     def tokenizer_info(self):
         return {"tokenizer_class": "FakeText", "eos_token": "</s>"}
 
@@ -81,9 +84,10 @@ class FakeText:
         tool_format=None,
         offered_tools=(),
         is_single_call=False,
+        are_calls_held=False,
     ):
         detokenizer = Detokenizer(decode, byte_values={}, prompt_token_ids=prompt_token_ids)
-        parser = tool_format and tool_format.new_parser(offered=offered_tools, is_single=is_single_call)
+        parser = tool_format and tool_format.new_parser(offered=offered_tools, is_single=is_single_call, is_held=are_calls_held)
         return OutputText(detokenizer, StopMatcher(stop, is_included=include_stop_str_in_output), stop_token_ids, parser)
 
 

@@ -8,6 +8,8 @@ import random
 import llguidance.hf
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from llguidance import LLMatcher
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 from tokenizers import AddedToken
@@ -38,14 +40,18 @@ PARIS = call("get_weather", '{"city": "Rom", "unit": "C"}')
 NOW = call("time-now", "{}")
 
 
+def new_tokenizer(has_marker_tokens):
+    backend = BUILDERS["byte_level"]()
+    backend.add_special_tokens([AddedToken(token, special=True) for token in ("</s>", "<think>")])
+    if has_marker_tokens:
+        backend.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in (OPEN, CLOSE)])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
 @pytest.fixture(scope="module", params=[True, False], ids=["marker_tokens", "marker_text"])
 def kind(request):
     """(tokenizer, that of llguidance, whether the markers are tokens)."""
-    backend = BUILDERS["byte_level"]()
-    backend.add_special_tokens([AddedToken("</s>", special=True)])
-    if request.param:
-        backend.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in (OPEN, CLOSE)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    tokenizer = new_tokenizer(request.param)
     return tokenizer, llguidance.hf.from_tokenizer(tokenizer), request.param
 
 
@@ -102,6 +108,102 @@ def test_an_answer_of_json_may_be_the_alternative(kind):
     assert is_taken(kind, '{"name": 5, "more": []}', [TIME], **options)
     assert not is_taken(kind, "{}", [TIME], **options)
     assert not is_taken(kind, '{"name": 5}\n' + NOW, [TIME], **options)
+
+
+ROME = '{"name": "get_weather", "arguments": {"city": "Rom"}}'
+INDENTED = '{\n  "name" : "get_weather",\n  "arguments": {"city": "Rom"}\n}'
+ANYTHING = ToolFunction(name="f", parameters={})
+
+
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ("", []),
+        ("Hello", []),
+        ('It is {"name": "Bob", "arguments": {}}.\n```json\n{"name": "x"}\n```\n', []),
+        ('{"name": "Bob", "age": 5}', []),
+        ('{"name": "get_weather"}', []),
+        ('{"nam', []),
+        (PARIS, ['{"city": "Rom", "unit": "C"}']),
+        (f"Hm.\n{PARIS}\n{NOW}\nDone.\n", ['{"city": "Rom", "unit": "C"}', "{}"]),
+        (ROME, ['{"city": "Rom"}']),
+        (f"{ROME}\nDone", ['{"city": "Rom"}']),
+        (f"{ROME}\n{ROME}\n{NOW}", ['{"city": "Rom"}', '{"city": "Rom"}', "{}"]),
+        (f"```json\n{INDENTED}\n```\n", ['{"city": "Rom"}']),
+        (f"```\n{INDENTED}\n```\n```json\n{ROME}", ['{"city": "Rom"}'] * 2),
+        ('{"name": "f", "arguments": {"a": [1]}}', ['{"a": [1]}']),
+        # Those that no grammar can hold to a schema are content.
+        (f"So:\n```json\n{ROME}\n```", []),
+        ('{"arguments": {"town": "Rom"}, "name": "get_weather"}', []),
+    ],
+)
+def test_text_with_calls_is_taken_and_read(kind, text, arguments):
+    assert is_taken(kind, text, [WEATHER, TIME, ANYTHING], is_single=False, text_tokens={})
+    events = read_held(text)
+    assert [event.text for event in events if isinstance(event, CallArguments)] == arguments
+
+
+def read_held(text):
+    parser = HermesParser(offered=["get_weather", "time-now", "f"], is_held=True)
+    return [event for event in parser.push(text) + parser.flush() if not isinstance(event, str)]
+
+
+@pytest.mark.parametrize("made_wrong", [lambda text: text.replace("Rom", "Rome"), lambda text: text.replace("city", "town")])
+@pytest.mark.parametrize("text", [PARIS, f"Hm.\n{PARIS}", ROME, f"\n {ROME}", f"```json\n{INDENTED}", f"{NOW}\n{ROME}"])
+def test_calls_in_text_are_held_to_their_schema(kind, text, made_wrong):
+    assert is_taken(kind, text, [WEATHER, TIME], is_single=False, text_tokens={})
+    assert not is_taken(kind, made_wrong(text), [WEATHER, TIME], is_single=False, text_tokens={})
+
+
+def test_text_may_have_the_tokens_that_are_said_to_be_text(kind):
+    tokenizer, _, has_marker_tokens = kind
+    texts = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if str(token) != "</s>"}
+    for text in ("<think>", "Hm.<think>Done", f"<think>{PARIS}<think>"):
+        assert is_taken(kind, text, [WEATHER], is_single=False, text_tokens=texts)
+        assert not is_taken(kind, text, [WEATHER], is_single=False, text_tokens={})
+    # A marker is one whatever is said of it.
+    assert is_taken(kind, f"a{CLOSE}", [WEATHER], is_single=False, text_tokens=texts) == (not has_marker_tokens)
+
+
+PIECES = [
+    OPEN, CLOSE, "```json\n", "```\n", "```", "{", "}", "\n", " ", "\x1d", "\xa0", "word", ",", ":",
+    '"name"', '"arguments"', '"get_weather"',
+    '{"name": "get_weather", "arguments":', '{"city": "Rom"}', '{"city": 5}', "{}", '{"arguments": {}, "name": "get_weather"}',
+    '{"name": "f", "arguments": {}}', ROME, ROME.replace("city", "town"), PARIS, NOW,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("has_marker_tokens", [True, False])
+@given(data=st.data())
+@settings(max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+def test_no_text_that_is_taken_has_a_call_that_does_not_fit(byte_matchers, has_marker_tokens, data):
+    text = "".join(data.draw(st.lists(st.sampled_from(PIECES), max_size=12)))
+    matcher, tokenizer = byte_matchers[has_marker_tokens]
+    matcher.reset()
+    # piece by piece, so that a text with something wrong is cut in front of it
+    taken = ""
+    for token_id in tokenizer.encode(text, add_special_tokens=False):
+        if not matcher.try_consume_tokens([token_id]):
+            break
+        taken += tokenizer.decode([token_id])
+    events = read_held(taken)
+    starts = [event for event in events if isinstance(event, CallStart)]
+    for start in starts:
+        told = "".join(event.text for event in events if isinstance(event, CallArguments) and event.call_idx == start.call_idx)
+        if start.call_idx < len(starts) - 1 or matcher.is_accepting():
+            value = json.loads(told)
+            assert start.name != "get_weather" or (value.keys() <= {"city", "unit"} and isinstance(value["city"], str))
+
+
+@pytest.fixture(scope="module")
+def byte_matchers():
+    """By whether the markers are tokens: (matcher of text with calls, its tokenizer)."""
+    made = {}
+    for has_marker_tokens in (True, False):
+        tokenizer = new_tokenizer(has_marker_tokens)
+        grammar = hermes_grammar([WEATHER, TIME, ANYTHING], is_single=False, has_marker_tokens=has_marker_tokens, text_tokens={})
+        made[has_marker_tokens] = LLMatcher(llguidance.hf.from_tokenizer(tokenizer), grammar), tokenizer
+    return made
 
 
 @pytest.mark.parametrize("seed", range(5))
