@@ -17,8 +17,9 @@ from medusa_core import __version__
 from medusa_core.engine.client import EngineClient
 from medusa_core.errors import MedusaError
 from server import openapi
+from server.answers import error_response, http_error_response
 from server.auth import OPEN_PATHS, APIKeyMiddleware, CrossSiteMiddleware
-from server.errors import CLIENT_CLOSED_REQUEST, error_response, http_error_response
+from server.errors import CLIENT_CLOSED_REQUEST
 from server.limits import RATE_LIMIT_HEADERS
 from server.middleware import BodyLimitMiddleware, ObservabilityMiddleware
 from server.routes import chat, completions, health, metrics, models, responses, tokenization

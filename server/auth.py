@@ -8,7 +8,8 @@ from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
-from server.errors import CrossSiteError, InvalidAPIKeyError, RateLimitError, error_response
+from server.answers import error_response
+from server.errors import CrossSiteError, InvalidAPIKeyError, RateLimitError
 from server.keys import ApiKey, Keyring
 from server.limits import Allowance, RateLimiter, rate_limit_headers
 from server.request_info import request_info, route_path

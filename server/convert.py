@@ -17,7 +17,7 @@ from server.protocol.chat import AssistantMessage, ChatBody, Message
 from server.protocol.common import GenerationBody, Speculative
 from server.protocol.completions import MAX_PROMPTS, CompletionBody
 from server.protocol.tokenization import DetokenizeBody, Detokenized, TokenizeBody, Tokenized
-from server.serving import ServedModel
+from server.served_model import ServedModel
 from server.structured import output_grammar
 from server.tools import chat_grammar, offered_tools, template_tools
 

@@ -1,12 +1,9 @@
-"""The one table from error classes to HTTP answers, and the server's own request errors."""
+"""The one table from error classes to the status and words of HTTP answers, and the server's own request errors."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
 
 from medusa_core.errors import (
     CapacityError,
@@ -18,9 +15,7 @@ from medusa_core.errors import (
     ModelError,
     RequestError,
 )
-from server.protocol.common import encode
-from server.protocol.errors import ErrorBody, ErrorObject
-from server.request_info import note_error
+from server.protocol.errors import ErrorObject
 
 
 class UnknownParameterError(RequestError):
@@ -85,20 +80,19 @@ class Answer:
     is_closing_connection: bool = False
 
 
-_JSON = "application/json"
-_INVALID = "invalid_request_error"
+INVALID_REQUEST = "invalid_request_error"
 _SERVER = "server_error"
 
 # A class without a row of its own uses the row of its nearest base.
 ANSWERS: dict[type[MedusaError], Answer] = {
-    RequestError: Answer(400, _INVALID),
-    InvalidAPIKeyError: Answer(401, _INVALID),
-    CrossSiteError: Answer(403, _INVALID),
-    ModelNotFoundError: Answer(404, _INVALID),
-    RequestTimeoutError: Answer(408, _INVALID, is_closing_connection=True),
-    RequestTooLargeError: Answer(413, _INVALID),
+    RequestError: Answer(400, INVALID_REQUEST),
+    InvalidAPIKeyError: Answer(401, INVALID_REQUEST),
+    CrossSiteError: Answer(403, INVALID_REQUEST),
+    ModelNotFoundError: Answer(404, INVALID_REQUEST),
+    RequestTimeoutError: Answer(408, INVALID_REQUEST, is_closing_connection=True),
+    RequestTooLargeError: Answer(413, INVALID_REQUEST),
     # Its retry-after is computed for each.
-    RateLimitError: Answer(429, _INVALID),
+    RateLimitError: Answer(429, INVALID_REQUEST),
     CapacityError: Answer(503, _SERVER, retry_after_s=1),
     DrainingError: Answer(503, _SERVER, retry_after_s=5, is_closing_connection=True),
     EngineError: Answer(500, _SERVER),
@@ -137,45 +131,3 @@ def error_object(error: MedusaError) -> ErrorObject:
 
 # For a bug; details stay in the log.
 INTERNAL_ERROR = ErrorObject("The server had an internal error. See its log.", _SERVER, None, "internal_error")
-
-
-class ErrorResponse(Response):
-    """An error object, whose code the request's log is told."""
-
-    media_type = _JSON
-
-    def __init__(self, error: ErrorObject, *, status: int, headers: dict[str, str] | None = None) -> None:
-        super().__init__(encode(ErrorBody(error)), status_code=status, headers=headers)
-        self._code = error.code
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        note_error(scope, self._code)
-        await super().__call__(scope, receive, send)
-
-
-def error_response(error: MedusaError) -> Response:
-    """The HTTP answer to an error, with `retry-after` where trying again can help."""
-    answer = answer_for(error)
-    headers = {}
-    if answer.retry_after_s is not None:
-        headers["retry-after"] = str(answer.retry_after_s)
-    if answer.is_closing_connection:
-        headers["connection"] = "close"
-    if answer.status == 401:
-        headers["www-authenticate"] = "Bearer"
-    return ErrorResponse(error_object(error), status=answer.status, headers=headers)
-
-
-def internal_error_response() -> Response:
-    """The HTTP answer to a bug."""
-    return ErrorResponse(INTERNAL_ERROR, status=500)
-
-
-def http_error_response(status: int, message: str, *, code: str, headers: dict[str, str] | None = None) -> Response:
-    """The HTTP answer to a failure of routing, which has no error class."""
-    return ErrorResponse(ErrorObject(message, _INVALID, None, code), status=status, headers=headers)
-
-
-def json_response(body: bytes, *, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """A response whose body is encoded already."""
-    return Response(body, status, headers, _JSON)

@@ -14,15 +14,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medusa_core.errors import MedusaError
 from server.access_log import access_entry
-from server.errors import (
-    CLIENT_CLOSED_REQUEST,
-    INTERNAL_ERROR,
-    RequestTimeoutError,
-    RequestTooLargeError,
-    error_response,
-    internal_error_response,
-    refusal_codes,
-)
+from server.answers import error_response, internal_error_response
+from server.errors import CLIENT_CLOSED_REQUEST, INTERNAL_ERROR, RequestTimeoutError, RequestTooLargeError, refusal_codes
 from server.request_info import RequestInfo, route_path
 from server.serving import Serving
 

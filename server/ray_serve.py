@@ -33,9 +33,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from medusa_core.engine.logs import configure_logging
 from medusa_core.engine.worker_client import WorkerClient
 from medusa_core.errors import ConfigError, EngineDeadError
+from server.answers import http_error_response, json_response
 from server.app import create_app
 from server.connection import connection_options
-from server.errors import http_error_response, json_response
 from server.serving import Serving, text_loader
 from server.settings import ServerSettings, check_settings
 

@@ -13,10 +13,11 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from medusa_core.errors import EngineError
+from server.answers import json_response
 from server.body import read_body
 from server.convert import Job, chat_job, completion_job, new_output
 from server.disconnect import ClientGoneError, unless_gone
-from server.errors import CLIENT_CLOSED_REQUEST, json_response
+from server.errors import CLIENT_CLOSED_REQUEST
 from server.generation import ChoiceUpdate, Generation, Updates
 from server.protocol.chat import ChatBody
 from server.protocol.common import Body, GenerationBody, encode
@@ -25,7 +26,8 @@ from server.protocol.responses import ResponsesBody
 from server.replies import ChatReply, CompletionReply, FinishedChoice, Reply
 from server.request_info import request_info
 from server.responses import ResponseReply, as_chat, response_job
-from server.serving import ServedModel, Serving
+from server.served_model import ServedModel
+from server.serving import Serving
 from server.streaming.sse import TokenStream, frames
 
 B = TypeVar("B", bound=Body)

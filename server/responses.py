@@ -45,7 +45,7 @@ from server.protocol.responses import (
     TextFormat,
 )
 from server.replies import FinishedChoice
-from server.serving import ServedModel
+from server.served_model import ServedModel
 
 # What a chat calls otherwise, for errors that name their field.
 _FIELDS = {"messages": "input", "max_completion_tokens": "max_output_tokens", "response_format": "text.format"}

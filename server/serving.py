@@ -19,10 +19,10 @@ from medusa_core.engine.logs import adopt_library_logs
 from medusa_core.errors import DrainingError, EngineNotReadyError
 from medusa_core.outputs import EngineInfo
 from medusa_core.text import TextProcessor, import_tokenizers
-from medusa_core.text.tool_formats import ToolFormat, find_tool_format
-from server.errors import ModelNotFoundError
+from medusa_core.text.tool_formats import find_tool_format
 from server.limits import InMemoryLimiter, RateLimiter
 from server.metrics import EngineMetrics, GenerationMetrics, HttpMetrics, register_build_info, render
+from server.served_model import ServedModel, served_names
 from server.settings import ServerSettings
 
 if TYPE_CHECKING:
@@ -58,11 +58,6 @@ def _import_tokenizers() -> None:
         adopt_library_logs()
 
 
-def served_names(settings: ServerSettings, info: EngineInfo) -> tuple[str, ...]:
-    """Ids under which clients may ask for the model; the first one labels metrics."""
-    return tuple(settings.served_model_name) or (info.model_name,)
-
-
 class Siblings(Protocol):
     """The front ends before one engine, as one of them sees them.
 
@@ -83,28 +78,6 @@ class Siblings(Protocol):
     async def metrics_page(self) -> bytes:
         """What /metrics says of all of them."""
         ...
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """A model that has been loaded once; it stays known while its worker restarts.
-
-    names: ids under which clients may ask for it. created: Unix time of loading, for `/v1/models`. tool_format: how it writes tool
-    calls, None if it writes none or they are not looked for.
-    """
-
-    info: EngineInfo
-    text: TextProcessor
-    metrics: GenerationMetrics
-    engine_metrics: EngineMetrics
-    names: tuple[str, ...]
-    created: int
-    tool_format: ToolFormat | None = None
-
-    def check_name(self, name: str) -> None:
-        if name not in self.names:
-            known = ", ".join(self.names)
-            raise ModelNotFoundError(f"The model {name[:200]!r} does not exist.", param="model", hint=f"Served here: {known}.")
 
 
 @dataclass(eq=False)

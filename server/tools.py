@@ -11,7 +11,7 @@ from medusa_core.params import Grammar
 from medusa_core.text.tool_calls import ToolFunction
 from server.protocol.chat import ChatBody
 from server.protocol.tools import Tool
-from server.serving import ServedModel
+from server.served_model import ServedModel
 from server.structured import output_grammar
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}

@@ -15,7 +15,7 @@ from medusa_core.outputs import EngineInfo, EngineStats
 from server.front_ends.messages import Family, Snapshot
 from server.front_ends.totals import add_up, metrics_of
 from server.metrics import EngineMetrics, register_build_info, render
-from server.serving import served_names
+from server.served_model import served_names
 from server.settings import ServerSettings
 
 # A front end that takes longer to tell its counts is shown with those it told last; an engine in a long step likewise.

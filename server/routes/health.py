@@ -6,7 +6,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from medusa_core import __version__
-from server.errors import json_response
+from server.answers import json_response
 from server.protocol.common import encode
 from server.protocol.operation import Status, Version
 from server.serving import Serving

@@ -5,10 +5,10 @@ from __future__ import annotations
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from server.errors import json_response
+from server.answers import json_response
 from server.protocol.common import encode
 from server.protocol.models import ModelCard, ModelList
-from server.serving import ServedModel
+from server.served_model import ServedModel
 
 router = APIRouter(tags=["models"])
 

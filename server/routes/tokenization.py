@@ -10,12 +10,13 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
+from server.answers import json_response
 from server.body import read_body
 from server.convert import detokenized, tokenized
-from server.errors import json_response
 from server.protocol.common import Body, encode
 from server.protocol.tokenization import DetokenizeBody, TokenizeBody
-from server.serving import ServedModel, Serving
+from server.served_model import ServedModel
+from server.serving import Serving
 
 B = TypeVar("B", bound=Body)
 
