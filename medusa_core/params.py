@@ -12,6 +12,8 @@ from medusa_core.errors import InvalidParameterError
 _MAX_BIAS = 100.0
 # Alternatives per token: of the API, as for chat completions.
 MAX_LOGPROBS = 20
+# Each token drawn is compared with all stop ids of all lanes, so one long list would slow every request.
+MAX_STOP_TOKEN_IDS = 128
 # Far beyond any use; keeps products and quotients of logits finite.
 _MAX_REPETITION_PENALTY = 100.0
 

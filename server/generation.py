@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
@@ -110,6 +111,7 @@ class Generation:
         self._stopped: list[_Choice] = []
         # what the engine ended the request with before it was complete
         self._failure: MedusaError | None = None
+        self._has_left = False
         # of what a stream ended with, whose status had been sent
         self.error_code: str | None = None
 
@@ -151,9 +153,10 @@ class Generation:
 
     @property
     def num_charged_tokens(self) -> int:
-        """Of prompts that the engine has computed, and of completions."""
-        prompts = (len(request.prompt_token_ids) for request in self._requests if request.request_id in self._cached_tokens)
-        return sum(prompts) + self._num_completion_tokens
+        """Of prompts that the engine has computed, and of completions. A client that leaves before the first token pays for its
+        prompts: they may have been computed, and leaving would be the way around a limit."""
+        charged = [request for request in self._requests if self._has_left or request.request_id in self._cached_tokens]
+        return sum(len(request.prompt_token_ids) for request in charged) + self._num_completion_tokens
 
     @property
     def finish_reasons(self) -> list[str | None]:
@@ -171,8 +174,7 @@ class Generation:
         Closing it aborts what still runs. Raises what `EngineClient.generate_many` raises. Other choices go on when one ends at a
         stop string.
         """
-        # Choices left open when the stream is closed from outside belong to a client that has gone.
-        reason: str | None = "abort"
+        reason: str | None = "error"
         try:
             async with aclosing(self._client.generate_many(self._requests)) as batches:
                 async for batch in batches:
@@ -189,8 +191,10 @@ class Generation:
         except (RequestError, CapacityError):
             reason = None
             raise
-        except EngineError:
-            reason = "error"
+        except (GeneratorExit, asyncio.CancelledError):
+            # Closed from outside: the client has gone, or what is made of the updates has failed.
+            if self.error_code is None:
+                reason, self._has_left = "abort", True
             raise
         finally:
             self._count_unfinished(reason)

@@ -36,6 +36,8 @@ def run(arguments: list[str]) -> int:
     try:
         settings = load_settings(arguments)
         config = settings.engine_config()
+        # Each front end reads the keys for itself; what is wrong with them is said once, before anything starts.
+        settings.keyring()
         if settings.api_workers > 1:
             return serve_with_front_ends(config, settings)
         client = WorkerClient(config, log_level=settings.log_level.upper(), log_format=settings.log_format)
@@ -60,8 +62,6 @@ def serve_with_front_ends(
     build: as WorkerClient's. load_text: "module:function" that makes a text loader in each front end, called as function(settings).
     """
     configure_logging(settings.log_level.upper(), settings.log_format)
-    # Each front end reads the keys for itself; what is wrong with them is said once, before any starts.
-    settings.keyring()
     with listen(settings) as listener:
         return asyncio.run(FrontEndManager(config, settings, listener, build=build, load_text=load_text).run())
 

@@ -31,12 +31,18 @@ PROGRAM = "medusa-server"
 
 
 def _split(value: object) -> object:
-    """Flags give lists; a variable gives one string, separated by commas or blanks."""
-    return tuple(value.replace(",", " ").split()) if isinstance(value, str) else value
+    """Flags give lists; a variable gives one string, separated by commas or blanks. An empty one is a variable that somebody forgot
+    to fill: without keys, the server would be open to everybody."""
+    if not isinstance(value, str):
+        return value
+    names = tuple(value.replace(",", " ").split())
+    if not names:
+        raise PydanticCustomError("empty_name", "Values must not be empty; leave the variable out for none")
+    return names
 
 
 def _check_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """An empty one is a variable that the shell had not set: as a key it would let everybody in."""
+    """An empty one is a variable that the shell had not set."""
     if not all(name.strip() for name in names):
         raise PydanticCustomError("empty_name", "Values must not be empty")
     return names
@@ -55,6 +61,7 @@ def _hash_keys(entries: tuple[str, ...]) -> tuple[str, ...]:
 
 Keys = Annotated[Names, AfterValidator(_hash_keys)]
 PerKey = Annotated[int | None, Field(ge=1)]
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
 class ServerSettings(BaseSettings):
@@ -62,7 +69,7 @@ class ServerSettings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="MEDUSA_", frozen=True, extra="forbid")
 
-    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for all interfaces")
+    host: str = Field("127.0.0.1", min_length=1, description="address to listen on; 0.0.0.0 for all interfaces")
     port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
     api_workers: int = Field(1, ge=1, le=64, description="processes that answer HTTP, before one engine; more where one is busy")
 
@@ -97,14 +104,18 @@ class ServerSettings(BaseSettings):
     )
     cors_origin: Names = Field((), description="origin whose web pages may call the server; may be repeated; '*' for all")
     max_body_bytes: int = Field(2_097_152, ge=1, description="largest request body; larger ones are answered with 413")
-    receive_timeout_s: float = Field(
+    receive_timeout_s: Seconds = Field(
         60, gt=0, description="seconds that a client may take to send headers, and as many for the body"
     )
     keep_alive_timeout_s: int = Field(5, ge=1, description="seconds that a connection may be idle between requests")
     allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
-    drain_timeout_s: float = Field(60, ge=0, description="seconds that running requests may take to end after SIGTERM")
+    drain_timeout_s: float = Field(
+        60, ge=0, allow_inf_nan=False, description="seconds that running requests may take to end after SIGTERM"
+    )
     no_vllm_metrics: bool = Field(False, description="leave out of /metrics what repeats ours under vLLM's names")
-    sse_ping_s: float = Field(0, ge=0, description="seconds between comment lines in idle streams; 0 sends none")
+    sse_ping_s: float = Field(
+        0, ge=0, allow_inf_nan=False, description="seconds between comment lines in idle streams; 0 sends none"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
     log_format: LogFormat = Field("text", description="lines for people, or a JSON object per line; of both processes")
     otlp_traces_endpoint: str | None = Field(
@@ -140,7 +151,12 @@ class ServerSettings(BaseSettings):
             tokens_per_minute=self.key_tokens_per_minute,
             parallel_requests=self.key_parallel_requests,
         )
-        return Keyring(self.api_key, self.api_key_file, limits=limits)
+        keyring = Keyring(self.api_key, self.api_key_file, limits=limits)
+        if self.isolate_keys and not keyring.is_used:
+            raise ConfigError(
+                "--isolate-keys needs keys: without, clients cannot be told apart.", hint="Give --api-key or --api-key-file."
+            )
+        return keyring
 
     def engine_config(self) -> EngineConfig:
         """The engine's part of the options. Raises ConfigError."""

@@ -71,7 +71,7 @@ class RequestTracer:
     def record(self, scope: MutableMapping[str, Any], info: RequestInfo, *, route: str, status: int, duration_s: float) -> None:
         """The span of a request that ends now, in the caller's trace if it sent one. Sets `info.trace_id`."""
         operation = _OPERATIONS.get(route)
-        if operation is None:
+        if operation is None or scope["method"] != "POST":
             return
         clock = _Clock(info.arrival_s + duration_s)
         span = self._tracer.start_span(

@@ -12,7 +12,7 @@ from medusa_core.attention.context import LayerShape
 from medusa_core.attention.torch_backend import TorchAttention
 from medusa_core.cache.manager import CacheManager
 from medusa_core.config import EngineConfig, ModelConfig
-from medusa_core.engine.core import MAX_STOP_TOKEN_IDS, EngineCore
+from medusa_core.engine.core import EngineCore
 from medusa_core.engine.grammars import grammar_compiler
 from medusa_core.engine.runners import RunnerParts, captured_costs, captured_runner, eager_costs, eager_runner, fuse, is_captured
 from medusa_core.engine.tree_choice import choose_controller, choose_tree, offered_sizes
@@ -27,6 +27,7 @@ from medusa_core.model.packed_linear import can_pack, pack_linears
 from medusa_core.model.probe import probe_heads, probe_token_ids
 from medusa_core.model.sequential_heads import SequentialHeads
 from medusa_core.outputs import EngineInfo
+from medusa_core.params import MAX_STOP_TOKEN_IDS
 from medusa_core.plan import Runner
 from medusa_core.runtime.buckets import max_bucket_rows
 from medusa_core.runtime.kv_store import KVStore, slot_bytes

@@ -12,11 +12,9 @@ import msgspec
 from medusa_core.errors import EngineError, InvalidParameterError, PromptError
 from medusa_core.grammar.compiler import GrammarCompiler
 from medusa_core.outputs import STEP_LATENCY_BOUNDS_S, EngineInfo, EngineStats, TokenDelta
+from medusa_core.params import MAX_STOP_TOKEN_IDS
 from medusa_core.plan import PendingStep, Runner, StepPlan, StepResult
 from medusa_core.request import EngineRequest
-
-# Each token drawn is compared with all stop ids of all lanes, so one long list would slow every request.
-MAX_STOP_TOKEN_IDS = 128
 
 
 class Scheduler(Protocol):

@@ -67,13 +67,25 @@ def adopt_library_logs() -> None:
 
 
 class _Printed(io.TextIOBase):
-    """Standard output of a process in which libraries may print: its lines are logged."""
+    """Standard output of a process in which libraries may print: its lines are logged, each when it has ended."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._unfinished = ""
 
     def write(self, text: str) -> int:
-        for line in text.splitlines():
-            if line.strip():
-                logger.info("%s", line)
+        *lines, self._unfinished = (self._unfinished + text).split("\n")
+        for line in lines:
+            self._log(line)
         return len(text)
+
+    def flush(self) -> None:
+        line, self._unfinished = self._unfinished, ""
+        self._log(line)
+
+    def _log(self, line: str) -> None:
+        if line.strip():
+            logger.info("%s", line)
 
 
 def _log_uncaught(error_class: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:

@@ -169,6 +169,8 @@ class FrontEndManager:
                 raise EngineError(f"A front end died while it loaded ({end}).", hint="Its log has the cause.")
             logger.error("front end %s died (%s); restarting it", name, end)
             await asyncio.sleep(delays.next_s(ran_s=time.monotonic() - started_s))
+            if self._state.is_draining:
+                return
 
     async def _run_front_end(self, name: str) -> str:
         """From its start to its end. Returns what ended it."""

@@ -15,14 +15,13 @@ import msgspec
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetCoreSchemaHandler, GetJsonSchemaHandler, WithJsonSchema
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
-from medusa_core.params import MAX_LOGPROBS
+from medusa_core.params import MAX_LOGPROBS, MAX_STOP_TOKEN_IDS
 
 MAX_STOP_STRINGS = 4
 # Each is looked for behind every token.
 MAX_STOP_CHARS = 1_000
-# Both travel to the device with the request.
+# They travel to the device with the request.
 MAX_BIASES = 1_024
-MAX_STOP_TOKEN_IDS = 1_024
 # Longer than any token id, short enough to be an int32.
 _MAX_ID_DIGITS = 9
 

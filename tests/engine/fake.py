@@ -164,7 +164,7 @@ def build(config: EngineConfig, *, progress: bool) -> EngineCore:
         raise TypeError("a bug in the loader")
     if "slow_load" in options:
         time.sleep(60)
-    print("a library that prints must not disturb the start")
+    print("a library", "that prints", "must not disturb the start")
     runner = FakeRunner(delay_s=float(options.get("delay", 0)))
     scheduler = FakeScheduler(runner, max_choices=config.scheduler.max_queued_requests)
     in_flight = config.scheduler.max_steps_in_flight or 0

@@ -22,3 +22,4 @@ async def test_all_of_it_is_json(capfd):
     (failure,) = [event for event in events if "exc_info" in event]
     assert (failure["level"], failure["logger"]) == ("ERROR", "medusa_core.engine.loop")
     assert "RuntimeError: poisoned" in failure["exc_info"]
+    assert "a library that prints must not disturb the start" in [event["message"] for event in events]

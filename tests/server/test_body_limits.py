@@ -9,7 +9,8 @@ import threading
 import pytest
 
 from medusa_core.grammar.compiler import MAX_GRAMMAR_CHARS
-from server.protocol.common import MAX_BIASES, MAX_STOP_CHARS, MAX_STOP_TOKEN_IDS
+from medusa_core.params import MAX_STOP_TOKEN_IDS
+from server.protocol.common import MAX_BIASES, MAX_STOP_CHARS
 from tests.server.fakes import VOCAB_SIZE, FakeClient
 from tests.server.test_bad_input import CHAT, COMPLETIONS, MESSAGES, error_of
 

@@ -11,6 +11,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from medusa_core.config import EngineConfig, ModelConfig
+from server.front_ends.manager import FrontEndManager
+from server.front_ends.messages import State
+from server.settings import ServerSettings
 from tests.server.front_ends import Server, running
 from tests.server.test_drain import BODY
 from tests.server.test_metrics import scrape
@@ -74,8 +78,13 @@ async def test_streams_of_both_are_counted_together(server, http):
     assert grown(before, after, "medusa_request_success_total", "finished_reason", "length") == len(tasks)
     assert grown(before, after, "medusa_time_to_first_token_seconds_count") == len(tasks)
     assert grown(before, after, "medusa_e2e_request_latency_seconds_bucket", "le", "+Inf") == len(tasks)
-    if ("medusa_http_requests_total", "route", "/v1/completions") in before:
-        assert grown(before, after, "medusa_http_requests_total", "route", "/v1/completions") == len(tasks)
+
+    # counted behind the answer's last byte
+    async def are_counted():
+        key = ("medusa_http_requests_total", "route", "/v1/completions")
+        return (await scrape(http)).get(key, 0) - before.get(key, 0) == len(tasks)
+
+    await until(are_counted)
 
 
 async def test_a_client_that_leaves_frees_its_lane(http):
@@ -190,6 +199,26 @@ async def test_a_drain_loses_no_stream_of_either(tmp_path):
                 assert lines[-1] == "data: [DONE]"
                 assert '"finish_reason":"length"' in lines[-2]
             assert await server.exit_code() == 0
+
+
+async def test_none_starts_once_the_server_drains(monkeypatch, tmp_path):
+    config = EngineConfig(model=ModelConfig(model=str(tmp_path)))
+    manager = FrontEndManager(config, ServerSettings(api_workers=2), None, build="", load_text="")
+    manager._state = State(is_open=True)
+    started = []
+
+    async def dies(name):
+        started.append(name)
+        assert len(started) < 3
+        return "exit code 1"
+
+    async def drains_meanwhile(_):
+        manager._state = State(is_open=True, is_draining=True)
+
+    monkeypatch.setattr(manager, "_run_front_end", dies)
+    monkeypatch.setattr(asyncio, "sleep", drains_meanwhile)
+    await manager._keep_alive(0)
+    assert started == ["0-0"]
 
 
 @pytest.mark.long

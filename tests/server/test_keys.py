@@ -10,7 +10,7 @@ import httpx
 import openai
 import pytest
 
-from medusa_core.errors import ConfigError, EngineError
+from medusa_core.errors import ConfigError, EngineDeadError, EngineError
 from server.auth import APIKeyMiddleware
 from server.keys import Keyring, hashed
 from server.limits import KeyLimits
@@ -146,6 +146,27 @@ async def test_prompt_and_completion_are_charged(make_http, is_stream):
     assert error_of(refused, 429)["code"] == "rate_limit_exceeded"
     # 125 of 100 are used; the next needs one, at 100 in 60 s
     assert 15 <= int(refused.headers["retry-after"]) <= 16
+
+
+async def test_who_leaves_before_the_first_token_pays_for_the_prompt(make_server):
+    client = FakeClient(gate=asyncio.Event())
+    url = await make_server(client, api_key=("one",), key_tokens_per_minute=100)
+    async with httpx.AsyncClient(base_url=url, headers=bearer("one"), trust_env=False) as http:
+        with pytest.raises(httpx.ReadTimeout):
+            await http.post("/v1/completions", json={**BODY, "prompt": "x" * 120}, timeout=0.2)
+        while client.num_live:
+            await asyncio.sleep(0.01)
+        refused = await http.post("/v1/completions", json=BODY)
+        assert error_of(refused, 429)["code"] == "rate_limit_exceeded"
+        (line,) = [line for line in (await http.get("/metrics")).text.splitlines() if line.startswith("medusa_key_tokens_total{")]
+        assert line.endswith(" 120.0")
+
+
+async def test_what_the_engine_fails_at_costs_no_tokens(make_http):
+    http = await make_http(FakeClient(failure=EngineDeadError("Dead.")), api_key=("one",), key_tokens_per_minute=100)
+    for _ in range(3):
+        failed = await http.post("/v1/completions", json={**BODY, "prompt": "x" * 90}, headers=bearer("one"))
+        assert error_of(failed, 500)["code"] == "engine_dead"
 
 
 async def test_what_is_refused_costs_no_tokens(make_http):

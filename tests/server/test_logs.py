@@ -65,7 +65,7 @@ async def test_several_choices_are_summed(make_http, entries):
         (FakeClient(refusal=QueueFullError("Full.")), {}, 503, "server_overloaded", None),
         (FakeClient(failure=EngineDeadError("Dead.")), {}, 500, "engine_dead", ["error"]),
         (FakeClient(failure=EngineDeadError("Dead."), num_free_steps=1), {"stream": True}, 200, "engine_dead", ["error"]),
-        (FakeClient(failure=RuntimeError("A bug."), num_free_steps=1), {"stream": True}, 200, "internal_error", ["abort"]),
+        (FakeClient(failure=RuntimeError("A bug."), num_free_steps=1), {"stream": True}, 200, "internal_error", ["error"]),
     ],
 )
 async def test_refused_and_failed_requests_say_why(make_http, entries, client, change, status, error, reasons):

@@ -76,6 +76,13 @@ def test_variables_are_read_and_flags_win(monkeypatch):
         (["--host", "256.1.1.1"], "256.1.1.1"),
         (["--api-key", "good", ""], "--api-key"),
         (["--served-model-name", " "], "--served-model-name"),
+        (["--host", ""], "--host"),
+        (["--isolate-keys"], "--isolate-keys"),
+        *(
+            ([flag, number], flag)
+            for flag in ("--drain-timeout-s", "--receive-timeout-s", "--sse-ping-s")
+            for number in ("inf", "nan")
+        ),
     ],
 )
 def test_wrong_values_end_with_code_2_and_one_sentence(arguments, mention, capsys):
@@ -109,6 +116,14 @@ def test_unknown_flags_end_with_code_2_and_one_sentence(arguments, capsys):
 def test_a_wrong_variable_is_named(monkeypatch):
     monkeypatch.setenv("MEDUSA_MAX_NUM_SEQS", "x")
     with pytest.raises(ConfigError, match="MEDUSA_MAX_NUM_SEQS"):
+        load_settings([])
+
+
+@pytest.mark.parametrize("value", ["", " ", " , "])
+@pytest.mark.parametrize("name", ["API_KEY", "CORS_ORIGIN", "SERVED_MODEL_NAME"])
+def test_a_variable_without_a_value_is_refused_and_does_not_open_the_server(monkeypatch, name, value):
+    monkeypatch.setenv(f"MEDUSA_{name}", value)
+    with pytest.raises(ConfigError, match=f"MEDUSA_{name}"):
         load_settings([])
 
 

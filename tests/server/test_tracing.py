@@ -136,6 +136,9 @@ async def test_nothing_else_is_traced(make_traced, spans):
     http = await make_traced()
     for path in ("/health", "/metrics", "/v1/models", "/nope"):
         await http.get(path)
+    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses"):
+        await http.get(path)
+        await http.options(path, headers={"origin": "http://page", "access-control-request-method": "POST"})
     assert not spans.get_finished_spans()
 
 
