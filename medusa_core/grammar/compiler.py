@@ -34,7 +34,7 @@ _MAX_KEYS = 1_000
 _EMBEDDED_SCHEMA = re.compile(r"%json\s*")
 # Rules in Lark's notation: 30 ms for these, and more than in proportion for more.
 _MAX_LARK_RULES = 1_000
-_LARK_RULE = re.compile(r"^\s*[?!]?\w+(?:\.-?[0-9]+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)
+_LARK_RULE = re.compile(r"^[^\S\n]*[?!]?\w+(?:\.-?[0-9]+)?(?:\[[^\]\n]*\])?\s*:", re.MULTILINE)
 # Rules in llama.cpp's notation: it takes the square of their number to translate them.
 _MAX_GBNF_RULES = 500
 # Compiled grammars kept for later requests, the recently used ones, each with so many matchers.
@@ -194,7 +194,8 @@ def _source(grammar: Grammar) -> str:
             case "choice":
                 source = grammar_from("choice", _checked_choices(text))
             case "cfg":
-                source = grammar_from("grammar", text)
+                # Blank lines mean nothing, and telling the notations apart takes the square of how many follow each other.
+                source = grammar_from("grammar", "\n".join(line for line in text.split("\n") if line.strip()))
         return source if "%llguidance" in source else _NO_FORCING + source
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error), grammar) from error

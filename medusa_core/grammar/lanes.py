@@ -47,6 +47,7 @@ class _Lane:
 
     matcher: behind the tokens that were emitted. probe: a second one that follows the tree and comes back, so that whatever happens
     to it on a path nobody takes does not matter; None if it has to be made anew. failure: why the lane cannot go on; "" = it can.
+    is_given_up: that has been told.
     """
 
     uid: int
@@ -59,6 +60,7 @@ class _Lane:
     num_probe_failures: int = 0
     num_renewals: int = 0
     failure: str = ""
+    is_given_up: bool = False
 
     def usable_probe(self) -> LLMatcher:
         """The one there is, unless it has to be made anew."""
@@ -77,6 +79,8 @@ class GrammarLanes:
         self._compiler = compiler
         self._eos_token_ids = tuple(eos_token_ids)
         self._lanes: dict[int, _Lane] = {}
+        # uids of requests that have failed and lost their lane before the result of that step was read
+        self._failed: set[int] = set()
         # made when there is something for its threads
         self._executor: LLExecutor | None = None
         # what a node of a chain takes, all lanes at once
@@ -90,7 +94,9 @@ class GrammarLanes:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
         for number in plan.leaves:
             lane = self._lanes.pop(number, None)
-            if lane is not None:
+            if lane is not None and lane.failure and not lane.is_given_up:
+                self._failed.add(lane.uid)
+            elif lane is not None:
                 self._compiler.take_back(lane.grammar, lane.matcher)
         for join in plan.joins:
             if join.params.grammar is not None:
@@ -126,12 +132,16 @@ class GrammarLanes:
     def take(self, result: LaneResult) -> LaneResult:
         """Advance by what a step emitted. Returns the result, or instead of it the lane's end where its matcher has failed."""
         lane = self._lanes.get(result.lane)
+        if lane is not None and lane.uid == result.uid and lane.failure:
+            logger.warning("the output of lane %d is given up: its grammar cannot be followed (%s)", result.lane, lane.failure)
+            lane.is_given_up = True
+            return _given_up(result)
+        if result.uid in self._failed:
+            self._failed.remove(result.uid)
+            return _given_up(result)
         if lane is None or lane.uid != result.uid:
             # no grammar, or the lane was given away meanwhile: a request that comes back brings its tokens along
             return result
-        if lane.failure:
-            logger.warning("the output of lane %d is given up: its grammar cannot be followed (%s)", result.lane, lane.failure)
-            return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.GRAMMAR)
         if result.finish_reason is None:
             lane.emitted += result.token_ids
             # a matcher that fails says so when it is asked for a mask
@@ -298,6 +308,11 @@ def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
     if matcher.is_error():
         return matcher.get_error()
     return "" if mask_W.any() else "no token can come next"
+
+
+def _given_up(result: LaneResult) -> LaneResult:
+    """The end of a lane, whatever was drawn for it."""
+    return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.GRAMMAR)
 
 
 def _ban_ends(lane: _Lane, depth: int, mask_W: np.ndarray) -> None:

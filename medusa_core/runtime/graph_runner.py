@@ -131,24 +131,24 @@ class GraphRunner:
     def submit(self, plan: StepPlan) -> PendingGraphResult:
         """Apply lane changes, launch the decode groups, then the chunks.
 
-        Lanes that wait for masks are drawn for behind the first launches after the masks are there: nobody else waits for them.
+        Lanes that wait for masks are drawn for between two launches, once the masks are there: nobody else waits for them. Only
+        where those lanes have trees of several sizes do the later ones wait for the earlier ones' masks, behind all launches.
         """
         masked = [group for group in plan.decode_groups if group.has_grammar]
-        if masked or self._waits_for(plan.leaves):
+        if masked or self._waits_for(plan.leaves) or self._has_masks():
             self._end_waiting()
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
         free = [group for group in plan.decode_groups if not group.has_grammar]
         groups: list[LaunchedGroup] = []
-        waiting: BegunStep | None = None
-        for group in masked:
-            if waiting is not None:
-                groups.append(self._end(waiting))
-            beside = next((other for other in free if self._masked.can_share(group, other)), None)
-            waiting = self._masked.begin(group, beside)
+        if masked:
+            # one that shares its pass, if there is one
+            masked.sort(key=lambda group: not any(self._masked.can_share(group, other) for other in free))
+            beside = next((other for other in free if self._masked.can_share(masked[0], other)), None)
+            self._waiting = self._masked.begin(masked[0], beside)
             if beside is not None:
                 free.remove(beside)
-                groups.append(self._collect(beside.lanes, waiting.shared))
+                groups.append(self._collect(beside.lanes, self._waiting.shared))
         groups += [self._launch_group(group) for group in free]
         prompt_logprobs: list[ChunkLogprobs] = []
         for chunks in _launches(plan.chunks, self._max_chunk_rows):
@@ -156,11 +156,15 @@ class GraphRunner:
             groups += [drawn] if drawn is not None else []
             hidden_TE, project = self._parts.chunk_hidden_TE, self._parts.model.project
             prompt_logprobs += chunk_logprobs(self._lanes, chunks, hidden_TE, project, top_k=topk_rows)
-        is_done = self._record() if groups or prompt_logprobs else None
+        # Chunks are waited for also where they bring nothing: else all of a long prompt would be launched ahead, in front of
+        # everything that comes meanwhile.
+        is_done = self._record() if groups or plan.chunks else None
         self._latest = PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars, self._take_late)
-        if self._waiting is not None and self._waiting.masks.done():
+        for group in masked[1:]:
             self._end_waiting()
-        self._waiting = waiting or self._waiting
+            self._waiting = self._masked.begin(group, None)
+        if self._has_masks():
+            self._end_waiting()
         return self._latest
 
     @torch.inference_mode()
@@ -183,10 +187,11 @@ class GraphRunner:
         """Draw for the lanes that wait for masks, if any do."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._late.append((self._end(waiting), self._record()))
+            self._late.append((self._collect(waiting.group.lanes, self._masked.end(waiting)), self._record()))
 
-    def _end(self, begun: BegunStep) -> LaunchedGroup:
-        return self._collect(begun.group.lanes, self._masked.end(begun))
+    def _has_masks(self) -> bool:
+        """Whether lanes wait for masks that are there."""
+        return self._waiting is not None and self._waiting.masks.done()
 
     def _waits_for(self, lanes: Sequence[int]) -> bool:
         return self._waiting is not None and not set(lanes).isdisjoint(self._waiting.group.lanes)

@@ -41,12 +41,14 @@ class StepCounts:
             self.num_steps_by_size[self._place_of_size[max(groups)[0]]] += 1
 
     def land(self, groups: DecodeGroups, *, num_lanes: int, num_tokens: int) -> None:
-        """The step is done. Its decode part emitted `num_tokens` for `num_lanes` lanes, the others having ended before."""
-        if not groups or self._decode_seconds is None:
+        """The step is done: its decode part, if it had one. With it, or with decode parts of earlier steps whose results come now,
+        `num_lanes` lanes have emitted `num_tokens`; others had ended."""
+        if self._decode_seconds is None:
             return
-        decode_s, draft_s = self._decode_seconds(groups)
-        self.decode_cost_s += decode_s
-        self.draft_cost_s += draft_s
+        if groups:
+            decode_s, draft_s = self._decode_seconds(groups)
+            self.decode_cost_s += decode_s
+            self.draft_cost_s += draft_s
         if num_lanes:
             self.plain_cost_s += num_tokens / num_lanes * self._decode_seconds(((1, num_lanes),))[0]
 

@@ -100,6 +100,8 @@ def many_keys(count, letter="p"):
         schema({"multipleOf": 0}),
         Grammar(kind="cfg", text='start: %json {"multiple\\u004ff": 999983}', field="the field"),
         Grammar(kind="cfg", text="\n".join(f'r{i} ::= r{i + 1} "x"' for i in range(600)), field="the field"),
+        Grammar(kind="cfg", text="\n" * 50_000 + "\n".join(f'r{i}: "a"?' for i in range(1001)), field="the field"),
+        Grammar(kind="cfg", text='root ::= ("a"' + "\n" * 60_000, field="the field"),
         # and these would halt all other requests for a second
         schema(many_keys(1001)),
         schema({"anyOf": [many_keys(600, letter) for letter in "abc"]}),

@@ -193,3 +193,16 @@ def test_a_grammar_that_gets_too_large_on_the_way_ends_its_own_request():
         masks_BNW, _ = lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9)
         assert d in allowed(masks_BNW[1, 0])
     assert (results[-1].token_ids, results[-1].finish_reason) == ([], FinishReason.GRAMMAR)
+
+
+@pytest.mark.parametrize("end", [{"token_ids": [5]}, {"token_ids": [EOS_ID], "finish_reason": FinishReason.STOP}])
+def test_what_a_failed_lane_draws_is_told_to_nobody_though_it_is_preempted_meanwhile(end):
+    brace, quote = (tiny_tokenizer().encode(letter)[0] for letter in '{"')
+    lanes = make_lanes(join(0, TOO_LARGE, [brace, quote]))
+    masks_BNW, _ = lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1])
+    assert masks_BNW.all()
+    lanes.apply(StepPlan(step_id=1, leaves=[0]))
+    result = lanes.take(LaneResult(lane=0, uid=100, **end))
+    assert (result.token_ids, result.finish_reason) == ([], FinishReason.GRAMMAR)
+    # Its lane may be another's by then, and so may its id once it is over.
+    assert lanes.take(LaneResult(lane=0, uid=100, **end)).token_ids == end["token_ids"]

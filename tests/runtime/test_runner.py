@@ -173,6 +173,22 @@ def test_chunks_before_the_last_draw_nothing(bench, continuation):
     assert result.token_ids == continuation[:1]
 
 
+def test_a_result_waits_for_its_chunks_though_they_draw_nothing(monkeypatch):
+    """Or a long prompt would be launched as a whole, in front of all that comes meanwhile."""
+    bench = Bench(kind="kernels")
+    waits = []
+
+    class Event:
+        def synchronize(self) -> None:
+            waits.append(self)
+
+    monkeypatch.setattr(bench.runner, "_record", Event)
+    assert bench.step(joins=[make_join(4)], chunks=[PrefillChunk(lane=2, start=0, num_tokens=4, is_last=False)]) == []
+    assert len(waits) == 1
+    assert bench.step(leaves=[2]) == []
+    assert len(waits) == 1
+
+
 def test_plain_steps(bench, continuation):
     bench = bench()
     tokens = bench.prefill()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from medusa_core.params import Grammar
 from medusa_core.scheduler.controller import MeasuredTreeSize
 from medusa_core.scheduler.costs import CostCurve, PackedCosts
 from medusa_core.scheduler.step_counts import StepCounts
@@ -46,6 +47,40 @@ def test_costs_of_a_step_and_of_its_tokens_without_drafts():
     counts.land((), num_lanes=0, num_tokens=0)
     assert (counts.decode_cost_s, counts.draft_cost_s) == (7.5, 1.5)
     assert counts.plain_cost_s == pytest.approx(7 / 3 * 1.25)
+
+
+def test_what_comes_with_a_step_that_only_fills_prompts_counts_as_well():
+    counts = StepCounts((1, 8), TREE, COSTS)
+    counts.land(((8, 2),), num_lanes=0, num_tokens=0)
+    counts.land((), num_lanes=2, num_tokens=7)
+    at_once = StepCounts((1, 8), TREE, COSTS)
+    at_once.land(((8, 2),), num_lanes=2, num_tokens=7)
+    assert (counts.decode_cost_s, counts.plain_cost_s) == (at_once.decode_cost_s, at_once.plain_cost_s)
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [0, 1])
+def test_late_results_change_no_totals(max_steps_in_flight):
+    """Lanes with a grammar beside a long prompt, so that their results come with steps that decode nothing."""
+    totals = []
+    for has_late_results in (False, True):
+        controller = MeasuredTreeSize({1: 1.0, 4: 2.5, 8: 2.8}, COSTS, max_step_rows=64)
+        harness = Harness(
+            num_blocks=400,
+            max_model_len=400,
+            controller=controller,
+            max_steps_in_flight=max_steps_in_flight,
+            max_step_tokens=4,
+            has_late_results=has_late_results,
+        )
+        for number in range(2):
+            harness.add(range(number, number + 5), max_tokens=40, grammar=Grammar(kind="regex", text=".*"))
+        harness.add([5] * 300, max_tokens=1)
+        harness.run()
+        harness.assert_all_as_expected()
+        stats = harness.scheduler.stats()
+        totals.append((stats.decode_cost_seconds_total, pytest.approx(stats.plain_cost_seconds_total)))
+    assert totals[0][0] == totals[1][0] > 0
+    assert totals[0][1] == totals[1][1].expected > 0
 
 
 def test_plain_steps_are_as_fast_as_plain_decoding():
