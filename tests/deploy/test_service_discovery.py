@@ -91,14 +91,21 @@ def running_api(pods: list[dict]):
         server.server_close()
 
 
+def wait_until_unhealthy(test: list[str], port: int, otherwise: str) -> None:
+    deadline = time.monotonic() + START_TIMEOUT_S
+    while check_health(test, port) == 0:
+        assert time.monotonic() < deadline, otherwise
+
+
 # Short, and among the long ones because `make test` does not install the router.
 @pytest.mark.long
 @pytest.mark.skipif(ROUTER is None, reason="vllm-router is not installed: `make scale` does it")
-def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, monkeypatch):
+def test_the_router_finds_the_servers_pods_heeds_their_readiness_and_forgets_a_deleted_one(tmp_path, monkeypatch):
     (container,) = manifest("Deployment", "medusa-router")["spec"]["template"]["spec"]["containers"]
     template = manifest("Deployment", "medusa-server")["spec"]["template"]
     port, metrics_port = free_port(), free_port()
-    with serve_in_thread(FakeClient(), api_key=("key",)) as url, running_api([pod(template, "medusa-server-1")]) as api:
+    client = FakeClient()
+    with serve_in_thread(client, api_key=("key",)) as url, running_api([pod(template, "medusa-server-1")]) as api:
         replacements = {"$(NAMESPACE)": NAMESPACE, "port=8000": f"port={httpx.URL(url).port}", "29000": str(metrics_port)}
         arguments = container["args"]
         for old, new in replacements.items():
@@ -111,7 +118,10 @@ def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, m
         }
         (tmp_path / "config").write_text(yaml.safe_dump(config))
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "config"))
-        readiness = ["CMD", "healthcheck", f"http://127.0.0.1:8000{container['readinessProbe']['httpGet']['path']}"]
+        readiness, liveness = (
+            ["CMD", "healthcheck", f"http://127.0.0.1:8000{container[f'{kind}Probe']['httpGet']['path']}"]
+            for kind in ("readiness", "liveness")
+        )
         with running([ROUTER, "--host", "127.0.0.1", "--port", str(port), *arguments]) as router:
             wait_until_healthy(readiness, port, router)
             with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False) as http:
@@ -119,10 +129,15 @@ def test_the_router_finds_the_servers_pods_and_forgets_a_deleted_one(tmp_path, m
                 assert models.json()["data"][0]["id"] == "tiny"
                 # Clients' keys are passed on, and it is the servers that ask for them.
                 assert http.get("/v1/models", headers={"authorization": "Bearer wrong"}).status_code == 401
+            # A kubelet would end the router for a red liveness probe, and with it the streams of all other servers.
+            client.is_alive = False
+            wait_until_unhealthy(readiness, port, "the router keeps a pod that is not ready")
+            assert check_health(liveness, port) == 0
+            assert '{method="GET",route="/ready",status="503"}' in httpx.get(f"{url}/metrics", trust_env=False).text
+            client.is_alive = True
+            wait_until_healthy(readiness, port, router)
             api.is_deleted.set()
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while check_health(readiness, port) == 0:
-                assert time.monotonic() < deadline, "the router keeps a pod that is being deleted"
+            wait_until_unhealthy(readiness, port, "the router keeps a pod that is being deleted")
     (rule,) = manifest("Role", "medusa-router")["rules"]
     assert rule["resources"] == ["pods"]
     assert api.verbs <= set(rule["verbs"])
