@@ -76,9 +76,10 @@ def test_the_default_is_one_server_and_the_profile_scale_two_workers_and_a_route
     assert ours == {(): {"server"}, SCALE: {"worker-1", "worker-2", "router"}}
 
 
-def test_users_reach_port_8000_in_either_profile():
-    assert compose_services()["server"]["ports"][0]["published"] == "8000"
-    assert compose_services(*SCALE)["router"]["ports"][0]["published"] == "8000"
+def test_users_reach_port_8000_in_either_profile_and_the_router_s_from_this_machine_only():
+    (server,), (router,) = compose_services()["server"]["ports"], compose_services(*SCALE)["router"]["ports"]
+    assert server["published"] == router["published"] == "8000"
+    assert router["host_ip"] == "127.0.0.1"
 
 
 def test_the_router_knows_the_workers_and_its_metrics_port_is_the_scraped_one():
@@ -86,6 +87,14 @@ def test_the_router_knows_the_workers_and_its_metrics_port_is_the_scraped_one():
     workers = command[command.index("--worker-urls") + 1 :][:2]
     assert workers == ["http://worker-1:8000", "http://worker-2:8000"]
     assert "--prometheus-port=29000" in command
+
+
+def test_the_router_has_the_flags_that_the_page_on_scaling_explains():
+    page = (ROOT / "docs/scaling.md").read_text()
+    shown = re.search(r"```sh\nvllm-router ([^`]*)```", page)[1].replace("\\\n", " ")
+    flags = [(flag, value) for flag, value in re.findall(r"--([\w-]+) (\S+)", shown) if flag not in ("host", "port", "worker-urls")]
+    assert ("balance-abs-threshold", "16") in flags
+    assert {f"--{flag}={value}" for flag, value in flags} <= set(compose_services(*SCALE)["router"]["command"])
 
 
 def test_with_the_gpu_file_each_worker_has_a_gpu_of_its_own():
