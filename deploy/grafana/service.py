@@ -135,10 +135,13 @@ def _requests() -> Sequence[Builder[Panel]]:
         ),
         series(
             "Front ends",
-            [(gauge("front_ends", by="instance"), "{{instance}}")],
+            [
+                (gauge("front_ends", by="instance"), "{{instance}}"),
+                (gauge("front_ends_wanted", by="instance"), "{{instance}} wanted"),
+            ],
             unit="short",
             width=8,
-            description="HTTP processes that answer. Fewer than --api-workers: one has died, and its log says why it is not back.",
+            description="HTTP processes that answer. Fewer than wanted: one has died, and its log says why it is not back.",
         ),
     ]
 

@@ -74,7 +74,9 @@ class MetricsPage:
         """From now on the page tells of the engine."""
         if self._engine_metrics is None:
             model_name = served_names(self._settings, info)[0]
-            self._engine_metrics = EngineMetrics(self._engine_registry, model_name=model_name, info=info)
+            self._engine_metrics = EngineMetrics(
+                self._engine_registry, model_name=model_name, info=info, num_front_ends=self._settings.api_workers
+            )
 
     def on_engine_down(self) -> None:
         """The page tells so until it is up again."""

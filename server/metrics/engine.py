@@ -52,10 +52,11 @@ def register_build_info(registry: CollectorRegistry) -> None:
 
 class EngineMetrics(Collector):
     """The engine's gauges and counters, labelled with the model's served name. Created once the model is known; `update` before a
-    scrape."""
+    scrape. num_front_ends: how many there should be before it."""
 
-    def __init__(self, registry: CollectorRegistry, *, model_name: str, info: EngineInfo) -> None:
+    def __init__(self, registry: CollectorRegistry, *, model_name: str, info: EngineInfo, num_front_ends: int = 1) -> None:
         self._labels = {"model_name": model_name}
+        self._num_front_ends = num_front_ends
         self._info = info
         self._stats = EngineStats(num_blocks=info.num_blocks)
         self._is_up = False
@@ -86,6 +87,7 @@ class EngineMetrics(Collector):
 
     def collect(self) -> Iterator[Metric]:
         yield self._gauge("engine_up", "1 while the engine takes requests, 0 while it is down.", self._is_up)
+        yield self._gauge("front_ends_wanted", "HTTP processes that there should be.", self._num_front_ends)
         for name, attribute, text in _GAUGES:
             yield self._gauge(name, text, getattr(self._stats, attribute))
         yield self._gauge("kv_cache_blocks", "KV cache blocks there are.", self._info.num_blocks)

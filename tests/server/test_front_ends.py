@@ -158,6 +158,7 @@ async def test_a_front_end_that_hangs_is_counted_as_it_was(server, http):
         os.kill(hanging, signal.SIGCONT)
     assert values["medusa_generation_tokens_total"] == before["medusa_generation_tokens_total"]
     assert (before["medusa_front_ends"], values["medusa_front_ends"]) == (2, 1)
+    assert values["medusa_front_ends_wanted"] == 2
     # A rate tells of now, which nobody knows of one that hangs.
     assert 0 < values["medusa_tokens_per_second"] < before["medusa_tokens_per_second"]
 
