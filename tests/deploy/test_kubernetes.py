@@ -117,6 +117,8 @@ class TestReferences:
         assert set(scraped) == set(services)
         # As in compose; alerts take jobs named medusa... for servers.
         assert [name for name, job in scraped.items() if job.startswith("medusa")] == ["medusa-server"]
+        jobs = {job["job_name"] for job in load_yaml("deploy/prometheus/scale.yml")["scrape_configs"]}
+        assert {job for name, job in scraped.items() if name in ("medusa-server", "medusa-router")} <= jobs
 
     def test_what_pods_take_from_the_cluster_exists(self, overlay):
         maps, claims = of_kind(overlay, "ConfigMap"), of_kind(overlay, "PersistentVolumeClaim")
@@ -233,6 +235,21 @@ class TestMonitoring:
         assert set(dashboards["data"]) == {path.name for path in (ROOT / "deploy/grafana/dashboards/json").iterdir()}
         # Larger ones do not fit into the annotation in which kubectl keeps what it applied.
         assert sum(map(len, dashboards["data"].values())) < 262_144
+
+    def test_the_alert_on_a_dead_engine_comes_before_the_probe_that_ends_the_container(self):
+        (alert,) = (
+            rule
+            for group in of_kind("single", "PrometheusRule")["medusa-server"]["spec"]["groups"]
+            for rule in group["rules"]
+            if rule.get("alert") == "MedusaEngineDown"
+        )
+        (endpoint,) = of_kind("single", "ServiceMonitor")["medusa-server"]["spec"]["endpoints"]
+        for_s = 60 * int(alert["for"].removesuffix("m"))
+        # The operator evaluates each 30 s by default: once until the alert is pending, and once more when `for` has passed.
+        latest_s = int(endpoint["interval"].removesuffix("s")) + for_s + 2 * 30
+        _, container = server_of("single")
+        probe = container["livenessProbe"]
+        assert latest_s < probe["periodSeconds"] * (probe["failureThreshold"] - 1)
 
     def test_the_rules_are_those_of_compose(self):
         assert TARGET.read_text() == prometheus_rule(), "run python -m deploy.k8s.prometheus_rule"

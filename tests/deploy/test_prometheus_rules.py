@@ -106,6 +106,14 @@ def test_an_alert_compares_a_value_that_can_be_looked_at(rule):
         assert re.fullmatch(r"(<|>|==) [\d.]+", comparison)
 
 
+def test_each_job_that_is_scraped_has_an_alert_for_when_it_is_down():
+    jobs = {job["job_name"] for path in PROMETHEUS.glob("*.yml") for job in yaml.safe_load(path.read_text())["scrape_configs"]}
+    down = [re.match(r'up\{job=~?"([^"]+)"\}\n== 0$', rule["expr"]) for rule in ALERTS]
+    patterns = [match[1] for match in down if match]
+    assert {job: [bool(re.fullmatch(pattern, job)) for pattern in patterns].count(True) for job in jobs} == dict.fromkeys(jobs, 1)
+    assert len(jobs) == 2
+
+
 def test_what_alerts_read_is_recorded():
     recorded = {rule["record"] for rule in rules("record")}
     read = {name for rule in [*ALERTS, *rules("record")] for name in re.findall(r"\w+:\w+:\w+", rule["expr"])}
