@@ -173,7 +173,10 @@ def test_every_recording_rule_has_recorded(run: Run):
     assert [rule["record"] for rule in RULES["recording"] if not run.prometheus.api.over(rule["record"], **window)] == []
 
 
-@pytest.mark.parametrize("rule", RULES["alerts"], ids=lambda rule: rule["alert"])
+# There is no router here.
+@pytest.mark.parametrize(
+    "rule", [rule for rule in RULES["alerts"] if rule["alert"] != "MedusaRouterDown"], ids=lambda rule: rule["alert"]
+)
 def test_what_an_alert_compares_has_a_value(run: Run, rule):
     *value, _ = rule["expr"].splitlines()
     window = {"start_s": run.start_s, "end_s": run.end_s, "step_s": SCRAPE_INTERVAL_S}
@@ -185,12 +188,15 @@ def test_what_an_alert_compares_has_a_value(run: Run, rule):
 
 
 def test_a_server_that_is_well_wakes_nobody(run: Run):
-    """Capacity and refusals aside: this traffic asks for those."""
-    firing = run.prometheus.api.over(
-        'ALERTS{alertstate="firing"}', start_s=run.start_s, end_s=run.end_s, step_s=EVALUATION_INTERVAL_S
-    )
-    names = {line.labels["alertname"] for line in firing}
-    well = {"MedusaTargetDown", "MedusaTargetMissing", "MedusaModelNotLoaded", "MedusaWorkerRestarted", "MedusaEngineStalled"}
+    """Capacity and refusals aside: this traffic asks for those. What waits longer than it lasts may not even be pending."""
+    # Up to the first evaluation Prometheus remembers that it had not scraped anything yet.
+    start_s = run.start_s + EVALUATION_INTERVAL_S
+    alerts = run.prometheus.api.over("ALERTS", start_s=start_s, end_s=run.end_s, step_s=EVALUATION_INTERVAL_S)
+    names = {line.labels["alertname"] for line in alerts}
+    firing = {line.labels["alertname"] for line in alerts if line.labels["alertstate"] == "firing"}
+    assert firing & {"MedusaTargetDown", "MedusaEngineStalled"} == set()
+    well = {"MedusaTargetMissing", "MedusaModelNotLoaded", "MedusaEngineDown", "MedusaFrontEndsMissing"}
+    well |= {"MedusaWorkerRestarted", "MedusaWorkerCrashLoop"}
     assert names & well == set()
 
 
