@@ -46,7 +46,7 @@ def otlp_tracer(endpoint: str) -> RequestTracer:
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import BatchSpanProcessor
     except ImportError as error:
-        hint = "Install them: pip install 'medusa-server[otel]'."
+        hint = 'Install them: pip install ".[otel]" in a checkout of medusa-server.'
         raise ConfigError(f"--otlp-traces-endpoint needs OpenTelemetry's packages ({error}).", hint=hint) from error
     resource = Resource({"service.name": "medusa-server", "service.version": __version__}).merge(OTELResourceDetector().detect())
     # Not its own handler at exit, which would wait for a collector that is gone.

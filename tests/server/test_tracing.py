@@ -195,5 +195,5 @@ def test_a_wrong_endpoint_or_a_missing_package_is_told_at_start(monkeypatch):
     with pytest.raises(ConfigError, match="--otlp-traces-endpoint"):
         otlp_tracer("collector:4318")
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
-    with pytest.raises(ConfigError, match=r"pip install 'medusa-server\[otel\]'"):
+    with pytest.raises(ConfigError, match=r'pip install "\.\[otel\]"'):
         otlp_tracer("http://collector:4318/v1/traces")
