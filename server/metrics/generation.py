@@ -23,6 +23,13 @@ class GenerationMetrics:
         Gauge("medusa_front_ends", "HTTP processes that take requests.", ("model_name",), registry=registry).labels(model_name).set(
             1
         )
+        open_requests = Gauge(
+            "medusa_open_requests",
+            "Requests handed to the engine that have not ended, as the HTTP side sees it.",
+            ("model_name",),
+            registry=registry,
+        )
+        self.open_requests = open_requests.labels(model_name)
         self._create_token_metrics(buckets.up_to(max_model_len))
         self._create_time_metrics()
         self._create_speculation_metrics(max_depth)

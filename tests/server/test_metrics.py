@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 
+import httpx
 import pytest
 from prometheus_client import CollectorRegistry, Counter, Histogram
 
@@ -176,3 +177,19 @@ def test_a_token_counter_says_what_the_librarys_own_would():
         theirs.labels(*values).inc(amount)
         ours.labels(*values).value += amount
         assert render(registries[0].collect()) == render(registries[1].collect())
+
+
+async def test_requests_are_open_from_the_engine_s_taking_them_to_their_end(make_server):
+    client = FakeClient(gate=asyncio.Event(), num_free_steps=1)
+    url = await make_server(client)
+    async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
+        assert (await scrape(http))["medusa_open_requests"] == 0
+        body = {"model": "tiny", "prompt": "Hi", "stream": True}
+        async with http.stream("POST", "/v1/completions", json=body) as running:
+            await running.aiter_bytes().__anext__()
+            assert (await scrape(http))["medusa_open_requests"] == 1
+        while (await scrape(http))["medusa_open_requests"]:
+            await asyncio.sleep(0.01)
+        refused = await http.post("/v1/completions", json={**body, "max_tokens": -1})
+        assert refused.status_code == 400
+        assert (await scrape(http))["medusa_open_requests"] == 0
