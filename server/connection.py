@@ -1,7 +1,7 @@
-"""Connections that keep the server waiting: uvicorn's protocol with a deadline and a size limit for what comes before a body.
+"""Connections that keep the server waiting: uvicorn's protocol with a deadline and a size limit for what is no body.
 
 Uvicorn closes connections that are idle between requests, but waits for ever for the first byte of the first one or the rest of
-one that has begun, and keeps as many headers as it is sent. The body's deadline is `BodyLimitMiddleware`'s.
+one that has begun, and keeps as many headers and trailers as it is sent. The body's deadline is `BodyLimitMiddleware`'s.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ MAX_HEAD_BYTES = 65_536
 class BoundedProtocol(HttpToolsProtocol):
     """Closes a connection whose next request's headers take longer than `receive_timeout_s` or more than MAX_HEAD_BYTES.
 
-    The rest of a body that has been refused meanwhile has as much time: a client that is still sending cannot read the answer.
+    The rest of a body that has been refused meanwhile has as much time: a client that is still sending cannot read the answer. What
+    stands around a body's chunks has as many bytes.
     """
 
     receive_timeout_s: float
     _deadline: asyncio.TimerHandle | None = None
+    # Received since the last piece of a body, or the last request's end.
     _num_head_bytes = 0
     _is_in_body = False
 
@@ -39,11 +41,15 @@ class BoundedProtocol(HttpToolsProtocol):
         # Also for blank lines, which are no request yet but end uvicorn's own patience between two.
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._start_deadline()
+        self._num_head_bytes += len(data)
         super().data_received(data)
-        if self._deadline is not None and not self._is_in_body:
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > MAX_HEAD_BYTES:
-                self.transport.abort()
+        if self._num_head_bytes > MAX_HEAD_BYTES:
+            self.transport.abort()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        # Trailers may be dropped, and uvicorn would take them for headers.
+        if not self._is_in_body:
+            super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
         self._end_deadline()
@@ -53,13 +59,17 @@ class BoundedProtocol(HttpToolsProtocol):
         self._is_in_body = True
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._num_head_bytes = 0
+        super().on_body(body)
+
     def on_message_complete(self) -> None:
         self._end_deadline()
+        self._num_head_bytes = 0
         self._is_in_body = False
         super().on_message_complete()
 
     def _start_deadline(self) -> None:
-        self._num_head_bytes = 0
         self._deadline = self.loop.call_later(self.receive_timeout_s, self.transport.abort)
 
     def _end_deadline(self) -> None:

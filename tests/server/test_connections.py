@@ -16,6 +16,7 @@ from server.connection import MAX_HEAD_BYTES, connection_options
 from server.settings import ServerSettings
 from tests.server.fakes import FakeClient
 from tests.server.test_bad_input import error_of
+from tests.server.test_disconnect import until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
 BODY = b'{"model": "tiny", "prompt": "Hi"}'
@@ -108,20 +109,123 @@ async def test_headers_have_a_limit(make_server):
         assert await closed == b""
 
 
+def connect(app):
+    """A connection to `app` without a network, so that a test says in which pieces data comes."""
+    config = uvicorn.Config(app, lifespan="off", log_config=None, **connection_options(ServerSettings(keep_alive_timeout_s=1)))
+    config.load()
+    protocol = config.http_protocol_class(config, ServerState(), {})
+    protocol.connection_made(Mock(**{"is_closing.return_value": False}))
+    return protocol
+
+
+def written(protocol):
+    return b"".join(call.args[0] for call in protocol.transport.write.call_args_list)
+
+
+async def read_whole(receive):
+    body, message = b"", {"more_body": True}
+    while message["more_body"]:
+        message = await receive()
+        body += message["body"]
+    return body
+
+
+async def answer(send, body=b""):
+    headers = [(b"content-length", str(len(body)).encode())]
+    await send({"type": "http.response.start", "status": 200, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
 async def test_headers_that_come_at_once_have_the_same_limit():
     async def app(_scope, _receive, _send):
         raise AssertionError
 
-    config = uvicorn.Config(app, **connection_options(ServerSettings()))
-    config.load()
-    protocol = config.http_protocol_class(config, ServerState(), {})
-    transport = Mock()
-    protocol.connection_made(transport)
+    protocol = connect(app)
     protocol.data_received(b"GET /health HTTP/1.1\r\nx-big: " + b"a" * MAX_HEAD_BYTES + b"\r\n\r\n")
-    assert transport.write.call_args.args[0].startswith(b"HTTP/1.1 400 ")
-    assert transport.close.called
+    assert written(protocol).startswith(b"HTTP/1.1 400 ")
+    assert protocol.transport.close.called
     assert not protocol.tasks
     protocol.connection_lost(None)
+
+
+@pytest.mark.parametrize("is_refused", [False, True])
+@pytest.mark.parametrize(
+    ("start", "piece"),
+    [(b"0\r\n", b"a: b\r\n" * 1000), (b"0\r\n", b"a" * 6000), (b"0\r\na: ", b"b" * 6000), (b"5;", b"a" * 6000)],
+    ids=["trailers", "name of a trailer", "value of a trailer", "extension of a chunk"],
+)
+async def test_what_stands_around_the_chunks_of_a_body_has_the_same_limit(make_server, start, piece, is_refused):
+    url = await make_server(api_key=("one",) if is_refused else ())
+    async with connection(url) as (reader, writer):
+        writer.write(HEAD + b"transfer-encoding: chunked\r\n\r\n5\r\nagain\r\n")
+        if is_refused:
+            assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 401")
+        writer.write(start)
+        closed = asyncio.create_task(until_closed(reader))
+        while not closed.done():
+            writer.write(piece)
+            await asyncio.sleep(0.001)
+        assert await closed == b""
+
+
+async def test_trailers_are_no_headers():
+    seen = []
+
+    async def app(scope, receive, send):
+        body = await read_whole(receive)
+        seen.append((body, [name for name, _ in scope["headers"]]))
+        await answer(send)
+
+    protocol = connect(app)
+    for piece in (
+        b"POST / HTTP/1.1\r\ntransfer-encoding: chunked\r\n\r\n",
+        b"2\r\nHi\r\n0\r\n",
+        b"authorization: no\r\na: b\r\n",
+        b"\r\n",
+    ):
+        protocol.data_received(piece)
+    await asyncio.gather(*protocol.tasks)
+    assert seen == [(b"Hi", [b"transfer-encoding"])]
+    assert written(protocol).startswith(b"HTTP/1.1 200 ")
+    protocol.connection_lost(None)
+
+
+async def test_bodies_do_not_count_as_headers():
+    async def app(scope, receive, send):
+        await answer(send, str(len(await read_whole(receive))).encode())
+
+    protocol = connect(app)
+    size = 3 * MAX_HEAD_BYTES
+    head = f"POST / HTTP/1.1\r\ncontent-length: {size}\r\n\r\n".encode()
+    data = (head + b"x" * size) * 3
+    # The end of one and the beginning of the next come together; the last cut is within headers.
+    for start, end in ((0, size), (size, len(data) * 2 // 3 + 10), (len(data) * 2 // 3 + 10, len(data))):
+        protocol.data_received(data[start:end])
+        await asyncio.sleep(0)
+    while protocol.tasks:
+        await asyncio.gather(*protocol.tasks)
+        await asyncio.sleep(0)
+    assert not protocol.transport.abort.called
+    assert written(protocol).count(str(size).encode()) == 3
+    protocol.connection_lost(None)
+
+
+async def test_headers_do_not_count_once_they_are_answered(make_server):
+    url = await make_server()
+    async with httpx.AsyncClient(base_url=url, limits=httpx.Limits(max_connections=1), trust_env=False) as http:
+        for _ in range(3):
+            assert (await http.get("/health", headers={"x-big": "a" * (MAX_HEAD_BYTES // 2)})).status_code == 200
+
+
+async def test_headers_have_a_limit_while_an_answer_is_under_way(make_server):
+    client = FakeClient(gate=asyncio.Event())
+    url = await make_server(client)
+    async with connection(url) as (reader, writer):
+        writer.write(WHOLE)
+        await until(lambda: client.num_live == 1)
+        writer.write(HEAD + b"x-more: 1\r\n" * MAX_HEAD_BYTES)
+        assert await until_closed(reader) == b""
+        await until(lambda: client.num_live == 0)
 
 
 async def test_a_refusal_does_not_cut_off_a_body_under_way_unless_it_never_ends(make_server):
