@@ -53,6 +53,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         self._end_deadline()
+        # Where the rest of a refused body came in the same piece.
+        self._unset_keepalive_if_required()
         # What came in one piece with their end has not been counted yet.
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             raise ValueError("The headers are too large.")  # uvicorn answers 400 and closes the connection
@@ -68,6 +70,9 @@ class BoundedProtocol(HttpToolsProtocol):
         self._num_head_bytes = 0
         self._is_in_body = False
         super().on_message_complete()
+        if self.cycle.response_complete:
+            # The rest of a refused body has ended uvicorn's own.
+            self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
 
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.receive_timeout_s, self.transport.abort)

@@ -243,6 +243,32 @@ async def test_a_refusal_does_not_cut_off_a_body_under_way_unless_it_never_ends(
         assert await closed == b""
 
 
+@pytest.mark.parametrize("rest", [BODY, BODY + b"POST /v1/comp"])
+async def test_a_connection_is_idle_when_the_body_has_come_after_its_refusal(make_server, rest):
+    url = await make_server(api_key=("one",), keep_alive_timeout_s=1)
+    async with connection(url) as (reader, writer):
+        writer.write(HEAD + f"content-length: {len(BODY)}\r\n\r\n".encode())
+        assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 401")
+        writer.write(rest)
+        assert await until_closed(reader) == b""
+
+
+async def test_a_request_that_comes_with_the_rest_of_a_refused_body_is_not_idle():
+    async def app(scope, receive, send):
+        if scope["method"] == "GET":
+            await asyncio.sleep(1.5)
+        await answer(send, scope["method"].encode())
+
+    protocol = connect(app)
+    protocol.data_received(b"POST / HTTP/1.1\r\ncontent-length: 2\r\n\r\n")
+    await asyncio.gather(*protocol.tasks)
+    protocol.data_received(b"HiGET / HTTP/1.1\r\n\r\n")
+    await asyncio.gather(*protocol.tasks)
+    assert not protocol.transport.close.called
+    assert written(protocol).endswith(b"GET")
+    protocol.connection_lost(None)
+
+
 async def test_an_idle_connection_is_closed_between_requests(make_server):
     url = await make_server(keep_alive_timeout_s=1)
     async with connection(url) as (reader, writer):
