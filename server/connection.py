@@ -1,7 +1,7 @@
-"""Connections that keep the server waiting: uvicorn's protocol with a deadline and a size limit for what is no body.
+"""Connections that keep the server waiting: uvicorn's protocol with a deadline and limits for what is no body.
 
 Uvicorn closes connections that are idle between requests, but waits for ever for the first byte of the first one or the rest of
-one that has begun, and keeps as many headers and trailers as it is sent. The body's deadline is `BodyLimitMiddleware`'s.
+one that has begun, and keeps as many headers, trailers and requests as it is sent. The body's deadline is `BodyLimitMiddleware`'s.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.settings import ServerSettings
 
 MAX_HEAD_BYTES = 65_536
+# Requests that wait for the answer to one before them. Nobody needs many, and one takes a hundred times the memory of its bytes.
+MAX_REQUESTS_AHEAD = 8
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -28,6 +30,8 @@ class BoundedProtocol(HttpToolsProtocol):
     # Received since the last piece of a body, or the last request's end.
     _num_head_bytes = 0
     _is_in_body = False
+    # Uvicorn's own `cycle` is the newest request, which may still wait for the answer to one before it.
+    _answered: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn itself
         super().connection_made(transport)
@@ -35,6 +39,9 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_deadline()
+        if self._answered is not None:
+            self._answered.disconnected = True
+            self._answered.message_event.set()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -58,8 +65,15 @@ class BoundedProtocol(HttpToolsProtocol):
         # What came in one piece with their end has not been counted yet.
         if len(self.url) + sum(len(name) + len(value) for name, value in self.headers) > MAX_HEAD_BYTES:
             raise ValueError("The headers are too large.")  # uvicorn answers 400 and closes the connection
+        if len(self.pipeline) == MAX_REQUESTS_AHEAD:
+            raise ValueError("Too many requests wait.")  # likewise
         self._is_in_body = True
         super().on_headers_complete()
+        if self.pipeline:
+            # Uvicorn reads no further while a request waits, and so would not notice that the client leaves.
+            self.flow.resume_reading()
+        else:
+            self._answered = self.cycle
 
     def on_body(self, body: bytes) -> None:
         self._num_head_bytes = 0
@@ -73,6 +87,16 @@ class BoundedProtocol(HttpToolsProtocol):
         if self.cycle.response_complete:
             # The rest of a refused body has ended uvicorn's own.
             self.timeout_keep_alive_task = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def on_response_complete(self) -> None:
+        self._answered = self.pipeline[-1][0] if self.pipeline else None
+        super().on_response_complete()
+
+    def send_400_response(self, msg: str) -> None:
+        if self._answered is not None and self._answered.response_started:
+            self.transport.abort()  # A 400 would be read as part of the answer under way.
+        else:
+            super().send_400_response(msg)
 
     def _start_deadline(self) -> None:
         self._deadline = self.loop.call_later(self.receive_timeout_s, self.transport.abort)

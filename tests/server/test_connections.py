@@ -12,7 +12,7 @@ import pytest
 import uvicorn
 from uvicorn.server import ServerState
 
-from server.connection import MAX_HEAD_BYTES, connection_options
+from server.connection import MAX_HEAD_BYTES, MAX_REQUESTS_AHEAD, connection_options
 from server.settings import ServerSettings
 from tests.server.fakes import FakeClient
 from tests.server.test_bad_input import error_of
@@ -20,7 +20,13 @@ from tests.server.test_disconnect import until
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nhost: test\r\ncontent-type: application/json\r\n"
 BODY = b'{"model": "tiny", "prompt": "Hi"}'
+HEALTH = b"GET /health HTTP/1.1\r\n\r\n"
 WHOLE = HEAD + f"content-length: {len(BODY)}\r\n\r\n".encode() + BODY
+
+
+def whole(*, stream):
+    body = BODY[:-1] + b', "stream": true}'
+    return HEAD + f"content-length: {len(body)}\r\n\r\n".encode() + body if stream else WHOLE
 
 
 @asynccontextmanager
@@ -226,6 +232,61 @@ async def test_headers_have_a_limit_while_an_answer_is_under_way(make_server):
         writer.write(HEAD + b"x-more: 1\r\n" * MAX_HEAD_BYTES)
         assert await until_closed(reader) == b""
         await until(lambda: client.num_live == 0)
+
+
+async def test_requests_sent_ahead_are_answered_in_turn(make_server):
+    url = await make_server()
+    async with connection(url) as (reader, writer):
+        for request in (WHOLE + HEALTH, WHOLE, WHOLE):
+            writer.write(request)
+            await asyncio.sleep(0)
+        bodies = [(await answer_of(reader))[1] for _ in range(4)]
+    assert [b'"text_completion"' in body for body in bodies] == [True, False, True, True]
+
+
+async def test_as_many_requests_may_wait_and_no_more(make_server):
+    client = FakeClient(gate=asyncio.Event())
+    url = await make_server(client)
+    for num_ahead in (MAX_REQUESTS_AHEAD, MAX_REQUESTS_AHEAD + 1):
+        async with connection(url) as (reader, writer):
+            writer.write(WHOLE)
+            await until(lambda: client.num_live == 1)
+            writer.write(HEALTH * num_ahead)
+            if num_ahead == MAX_REQUESTS_AHEAD:
+                client.gate.set()
+                assert b'"text_completion"' in (await answer_of(reader))[1]
+                for _ in range(num_ahead):
+                    assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 200")
+                client.gate.clear()
+            else:
+                assert (await until_closed(reader)).startswith(b"HTTP/1.1 400 ")
+                await until(lambda: client.num_live == 0)
+
+
+async def test_a_refusal_is_not_written_into_an_answer_under_way(make_server):
+    url = await make_server(FakeClient(gate=asyncio.Event(), num_free_steps=1))
+    async with connection(url) as (reader, writer):
+        writer.write(whole(stream=True))
+        assert (await reader.readuntil(b"\n\n")).startswith(b"HTTP/1.1 200")
+        writer.write(b"\x16\x03\x01\x02\x00\x01 TLS, perhaps\r\n\r\n")
+        assert b"Invalid HTTP" not in await until_closed(reader)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("ahead", [WHOLE, WHOLE[:-5], HEALTH], ids=["whole", "part", "other"])
+@pytest.mark.parametrize("is_later", [False, True])
+async def test_a_client_that_leaves_frees_its_place_whatever_it_has_sent_ahead(make_server, stream, ahead, is_later):
+    client = FakeClient(gate=asyncio.Event(), num_free_steps=1)
+    url = await make_server(client)
+    async with connection(url) as (_, writer):
+        # The first one is answered at once, so that the second has waited for its turn.
+        writer.write(HEALTH + whole(stream=stream) + (b"" if is_later else ahead))
+        await until(lambda: client.deltas)
+        if is_later:
+            writer.write(ahead)
+            await asyncio.sleep(0.1)
+    await until(lambda: client.num_live == 0)
+    assert len(client.requests) == 1
 
 
 async def test_a_refusal_does_not_cut_off_a_body_under_way_unless_it_never_ends(make_server):
