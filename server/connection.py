@@ -110,4 +110,5 @@ class BoundedProtocol(HttpToolsProtocol):
 def connection_options(settings: ServerSettings) -> dict[str, Any]:
     """Of `uvicorn.Config`."""
     protocol = type("Protocol", (BoundedProtocol,), {"receive_timeout_s": settings.receive_timeout_s})
-    return {"http": protocol, "timeout_keep_alive": settings.keep_alive_timeout_s}
+    # No route speaks WebSocket, whose protocols would take connections over without these bounds where such a package is installed.
+    return {"http": protocol, "ws": "none", "timeout_keep_alive": settings.keep_alive_timeout_s}
