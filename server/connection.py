@@ -7,6 +7,7 @@ one that has begun, and keeps as many headers, trailers and requests as it is se
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
@@ -16,6 +17,8 @@ from server.settings import ServerSettings
 MAX_HEAD_BYTES = 65_536
 # Requests that wait for the answer to one before them. Nobody needs many, and one takes a hundred times the memory of its bytes.
 MAX_REQUESTS_AHEAD = 8
+# An offer to go on in another protocol, as Java's client makes with each request over plain HTTP.
+_UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -49,7 +52,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._start_deadline()
         self._num_head_bytes += len(data)
-        super().data_received(data)
+        super().data_received(data if self._is_in_body else _without_upgrade(data))
         if self._num_head_bytes > MAX_HEAD_BYTES:
             self.transport.abort()
 
@@ -67,6 +70,9 @@ class BoundedProtocol(HttpToolsProtocol):
             raise ValueError("The headers are too large.")  # uvicorn answers 400 and closes the connection
         if len(self.pipeline) == MAX_REQUESTS_AHEAD:
             raise ValueError("Too many requests wait.")  # likewise
+        if self.parser.should_upgrade():
+            # The parser would pass the body over, and read it as the next request.
+            raise ValueError("The offer of an upgrade came in pieces.")  # likewise
         self._is_in_body = True
         super().on_headers_complete()
         if self.pipeline:
@@ -105,6 +111,12 @@ class BoundedProtocol(HttpToolsProtocol):
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
+
+
+def _without_upgrade(data: bytes) -> bytes:
+    """What came, without an offer of an upgrade among its first headers: a server may ignore it."""
+    head, end, rest = data.partition(b"\r\n\r\n")
+    return _UPGRADE.sub(b"", head) + end + rest
 
 
 def connection_options(settings: ServerSettings) -> dict[str, Any]:

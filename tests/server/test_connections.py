@@ -350,3 +350,53 @@ async def test_a_declared_length_that_is_too_large_is_refused_before_the_body(ma
     url = await make_server(max_body_bytes=100)
     async with httpx.AsyncClient(base_url=url, trust_env=False) as http:
         assert error_of(await http.post("/v1/completions", content=b"x" * 200), 413)["code"] == "request_too_large"
+
+
+# What Java's HttpClient sends over plain HTTP.
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nHTTP2-Settings: AAEAAEAAAAIAAAABAAMAAABk\r\nUpgrade: h2c\r\n"
+
+
+@pytest.mark.parametrize("is_body_later", [False, True])
+async def test_an_offer_of_another_protocol_is_ignored(make_server, is_body_later):
+    client = FakeClient()
+    url = await make_server(client)
+    async with connection(url) as (reader, writer):
+        for num_answered in range(2):
+            writer.write(HEAD + H2C + f"content-length: {len(BODY)}\r\n\r\n".encode())
+            if is_body_later:
+                await writer.drain()
+                await asyncio.sleep(0.05)
+            writer.write(BODY)
+            head, _ = await answer_of(reader)
+            assert head.startswith(b"HTTP/1.1 200")
+            assert len(client.requests) == num_answered + 1
+        writer.write(b"GET /health HTTP/1.1\r\nconnection: upgrade\r\nupgrade: websocket\r\n\r\n")
+        assert (await answer_of(reader))[0].startswith(b"HTTP/1.1 200")
+
+
+async def test_an_offer_of_another_protocol_in_pieces_loses_no_body_in_silence(make_server):
+    client = FakeClient()
+    url = await make_server(client)
+    async with connection(url) as (reader, writer):
+        writer.write(HEAD + H2C[:-8])
+        await writer.drain()
+        await asyncio.sleep(0.05)
+        writer.write(H2C[-8:] + f"content-length: {len(BODY)}\r\n\r\n".encode() + BODY)
+        assert (await until_closed(reader)).startswith(b"HTTP/1.1 400")
+    assert not client.requests
+
+
+async def test_a_body_may_speak_of_upgrades(make_server):
+    client = FakeClient()
+    url = await make_server(client)
+    body = BODY.replace(b"Hi", b"a\\r\\nUpgrade: h2c")
+    raw = b"a\r\nUpgrade: h2c\r\nb"
+    async with connection(url) as (reader, writer):
+        for sent in (body, raw):
+            writer.write(HEAD + f"content-length: {len(sent)}\r\n\r\n".encode() + sent[:3])
+            await writer.drain()
+            await asyncio.sleep(0.05)
+            writer.write(sent[3:])
+            head, _ = await answer_of(reader)
+            assert head.startswith(b"HTTP/1.1 200" if sent is body else b"HTTP/1.1 400")
+    assert client.requests[0].prompt_token_ids == [*map(ord, "a\r\nUpgrade: h2c")]
