@@ -131,11 +131,11 @@ class GraphRunner:
     def submit(self, plan: StepPlan) -> PendingGraphResult:
         """Apply lane changes, launch the decode groups, then the chunks.
 
-        Lanes that wait for masks are drawn for between two launches, once the masks are there: nobody else waits for them. Only
-        where those lanes have trees of several sizes do the later ones wait for the earlier ones' masks, behind all launches.
+        Lanes that wait for masks are drawn for behind the first launches after the masks are there: nobody else waits for them.
+        Where those lanes have trees of several sizes, the later ones wait for the earlier ones' masks, behind all launches.
         """
         masked = [group for group in plan.decode_groups if group.has_grammar]
-        if masked or self._waits_for(plan.leaves) or self._has_masks():
+        if masked or self._waits_for(plan.leaves):
             self._end_waiting()
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
@@ -163,7 +163,7 @@ class GraphRunner:
         for group in masked[1:]:
             self._end_waiting()
             self._waiting = self._masked.begin(group, None)
-        if self._has_masks():
+        if self._waiting is not None and self._waiting.masks.done():
             self._end_waiting()
         return self._latest
 
@@ -188,10 +188,6 @@ class GraphRunner:
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
             self._late.append((self._collect(waiting.group.lanes, self._masked.end(waiting)), self._record()))
-
-    def _has_masks(self) -> bool:
-        """Whether lanes wait for masks that are there."""
-        return self._waiting is not None and self._waiting.masks.done()
 
     def _waits_for(self, lanes: Sequence[int]) -> bool:
         return self._waiting is not None and not set(lanes).isdisjoint(self._waiting.group.lanes)
