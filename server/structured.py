@@ -11,6 +11,8 @@ from medusa_core.params import Grammar
 from server.protocol.common import GenerationBody, ResponseFormat, StructuredOutputs
 
 _ANY_OBJECT = '{"type": "object"}'
+# What schemas say to people and models alone.
+_ANNOTATIONS = ("title", "description", "$comment")
 
 
 def output_grammar(body: GenerationBody) -> Grammar | None:
@@ -67,7 +69,24 @@ def _of_structured_outputs(asked: StructuredOutputs) -> Grammar:
 def _schema_grammar(schema: dict[str, Any] | str, field: str) -> Grammar:
     if isinstance(schema, dict):
         try:
-            schema = json.dumps(schema, ensure_ascii=False)
+            schema = json.dumps(without_annotations(schema), ensure_ascii=False)
         except RecursionError as error:
             raise InvalidParameterError(f"{field} is nested too deeply.", param=field) from error
     return Grammar(kind="json_schema", text=schema, field=field)
+
+
+def without_annotations(schema: Any) -> Any:
+    """A schema that takes the same values. Descriptions are most of many a tool, and a grammar's length is limited.
+
+    Raises RecursionError.
+    """
+    if isinstance(schema, list):
+        return [without_annotations(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    # A property may have the name of an annotation, but then it is no string.
+    return {
+        key: value if key in ("const", "enum") else without_annotations(value)
+        for key, value in schema.items()
+        if not (key in _ANNOTATIONS and isinstance(value, str))
+    }

@@ -12,7 +12,7 @@ from medusa_core.text.tool_calls import ToolFunction
 from server.protocol.chat import ChatBody
 from server.protocol.tools import Tool
 from server.served_model import ServedModel
-from server.structured import output_grammar
+from server.structured import output_grammar, without_annotations
 
 _NO_PARAMETERS = {"type": "object", "properties": {}, "additionalProperties": False}
 
@@ -69,12 +69,12 @@ def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
         )
     choice = body.tool_choice
     is_text = form is None and body.has_free_choice
-    functions = [
-        _function(tool, is_held=not is_text or tool.function.strict is True)
-        for tool in body.tools or ()
-        if not isinstance(choice, dict) or tool.function.name == _name(choice)
-    ]
     try:
+        functions = [
+            _function(tool, is_held=not is_text or tool.function.strict is True)
+            for tool in body.tools or ()
+            if not isinstance(choice, dict) or tool.function.name == _name(choice)
+        ]
         text = model.tool_format.grammar(
             functions,
             is_single=body.parallel_tool_calls is False or isinstance(choice, dict),
@@ -96,7 +96,9 @@ def _name(choice: dict[str, Any]) -> str:
 def _function(tool: Tool, *, is_held: bool) -> ToolFunction:
     """is_held: to its schema."""
     parameters = tool.function.parameters if is_held else {}
-    return ToolFunction(name=tool.function.name, parameters=_NO_PARAMETERS if parameters is None else parameters)
+    return ToolFunction(
+        name=tool.function.name, parameters=_NO_PARAMETERS if parameters is None else without_annotations(parameters)
+    )
 
 
 def _for_template(tool: Tool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ PROMPTS = {CHAT: {"messages": [{"role": "user", "content": "Hi"}]}, COMPLETIONS:
 # keys in an order of their own, which is that of the output
 SCHEMA = {
     "type": "object",
-    "properties": {"z": {"type": "string", "description": "é"}, "a": {"type": "integer"}},
+    "properties": {"z": {"type": "string", "const": "é"}, "a": {"type": "integer"}},
     "required": ["z", "a"],
 }
 OBJECT = Grammar(kind="json_schema", text='{"type": "object"}', field="response_format")

@@ -293,6 +293,24 @@ async def test_tokens_beside_plain_text_may_be_in_text_beside_strict_calls(make_
     assert "<[7]>" in client.requests[0].params.grammar.text
 
 
+async def test_descriptions_take_no_room_in_a_grammar_and_change_no_values(make_http):
+    client = saying(NOW_CALL)
+    properties = {
+        "title": {"type": "string", "title": "T", "description": "d" * 40_000},
+        "kind": {"enum": [{"description": "a"}, "b"], "$comment": "c" * 40_000},
+    }
+    parameters = {"type": "object", "properties": properties, "required": ["title", "kind"], "additionalProperties": False}
+    for choice in ("auto", "required"):
+        answer = await post(await make_http(client), tools=function(parameters=parameters, strict=True), tool_choice=choice)
+        assert answer.status_code == 200
+        grammar = client.requests[-1].params.grammar
+        call = '<tool_call>\n{"name": "f", "arguments": %s}\n</tool_call>'
+        assert takes(grammar, call % '{"title": "x", "kind": {"description": "a"}}')
+        assert takes(grammar, call % '{"title": "x", "kind": "b"}')
+        for wrong in ('{"title": 1, "kind": "b"}', '{"title": "x", "kind": {}}', '{"kind": "b"}'):
+            assert not takes(grammar, call % wrong)
+
+
 async def test_strict_is_for_schemas_that_can_be_kept(make_http):
     wrong = function(parameters={"type": "object", "properties": {"a": {"type": "strin"}}}, strict=True)
     error = await chat_error(await make_http(), tools=wrong)
