@@ -18,7 +18,8 @@ MAX_HEAD_BYTES = 65_536
 # Requests that wait for the answer to one before them. Nobody needs many, and one takes a hundred times the memory of its bytes.
 MAX_REQUESTS_AHEAD = 8
 # An offer to go on in another protocol, as Java's client makes with each request over plain HTTP.
-_UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*", re.IGNORECASE)
+# Whole lines: what is left of one that is cut would become part of the line before.
+_UPGRADE = re.compile(rb"\r\n(?:upgrade|http2-settings):[^\r\n]*(?=\r\n)", re.IGNORECASE)
 
 
 class BoundedProtocol(HttpToolsProtocol):
@@ -29,6 +30,7 @@ class BoundedProtocol(HttpToolsProtocol):
     """
 
     receive_timeout_s: float
+    max_body_bytes: int
     _deadline: asyncio.TimerHandle | None = None
     # Received since the last piece of a body, or the last request's end.
     _num_head_bytes = 0
@@ -84,6 +86,11 @@ class BoundedProtocol(HttpToolsProtocol):
     def on_body(self, body: bytes) -> None:
         self._num_head_bytes = 0
         super().on_body(body)
+        if self.pipeline:
+            # As behind its headers. Nobody reads it yet, so nobody else looks at its size.
+            if len(self.cycle.body) > self.max_body_bytes:
+                raise ValueError("A body that waits is too large.")
+            self.flow.resume_reading()
 
     def on_message_complete(self) -> None:
         self._end_deadline()
@@ -116,11 +123,13 @@ class BoundedProtocol(HttpToolsProtocol):
 def _without_upgrade(data: bytes) -> bytes:
     """What came, without an offer of an upgrade among its first headers: a server may ignore it."""
     head, end, rest = data.partition(b"\r\n\r\n")
-    return _UPGRADE.sub(b"", head) + end + rest
+    return _UPGRADE.sub(b"", head + end[:2]) + end[2:] + rest
 
 
 def connection_options(settings: ServerSettings) -> dict[str, Any]:
     """Of `uvicorn.Config`."""
-    protocol = type("Protocol", (BoundedProtocol,), {"receive_timeout_s": settings.receive_timeout_s})
+    protocol = type(
+        "Protocol", (BoundedProtocol,), {"receive_timeout_s": settings.receive_timeout_s, "max_body_bytes": settings.max_body_bytes}
+    )
     # No route speaks WebSocket, whose protocols would take connections over without these bounds where such a package is installed.
     return {"http": protocol, "ws": "none", "timeout_keep_alive": settings.keep_alive_timeout_s}

@@ -176,19 +176,18 @@ class Generation:
         """
         reason: str | None = "error"
         try:
-            with self._metrics.open_requests.track_inprogress():
-                async with aclosing(self._client.generate_many(self._requests)) as batches:
-                    async for batch in batches:
-                        updates = self._take(batch)
-                        if self._stopped:
-                            await self._abort_stopped()
-                        if updates:
-                            yield updates
-                        if self._failure is not None:
-                            raise self._failure
-                        # All text is there but the engine still runs, past a stop string: leaving the loop aborts it.
-                        if not self.is_open and any(choice.is_running for choice in self._choices.values()):
-                            return
+            async with aclosing(self._client.generate_many(self._requests)) as batches:
+                async for batch in batches:
+                    updates = self._take(batch)
+                    if self._stopped:
+                        await self._abort_stopped()
+                    if updates:
+                        yield updates
+                    if self._failure is not None:
+                        raise self._failure
+                    # All text is there but the engine still runs, past a stop string: leaving the loop aborts it.
+                    if not self.is_open and any(choice.is_running for choice in self._choices.values()):
+                        return
         except (RequestError, CapacityError):
             reason = None
             raise

@@ -118,7 +118,13 @@ class Serving:
         finally:
             self.is_loading = False
         names = served_names(self.settings, info)
-        metrics = GenerationMetrics(self.registry, model_name=names[0], max_depth=info.max_depth, max_model_len=info.max_model_len)
+        metrics = GenerationMetrics(
+            self.registry,
+            model_name=names[0],
+            max_depth=info.max_depth,
+            max_model_len=info.max_model_len,
+            num_open_requests=lambda: self.client.num_open_requests,
+        )
         engine_metrics = EngineMetrics(self.engine_registry, model_name=names[0], info=info)
         tool_format = find_tool_format(self.settings.tool_call_parser, text.chat_template_text)
         created = int(time.time()) if self.siblings is None else self.siblings.created

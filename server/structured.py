@@ -13,6 +13,9 @@ from server.protocol.common import GenerationBody, ResponseFormat, StructuredOut
 _ANY_OBJECT = '{"type": "object"}'
 # What schemas say to people and models alone.
 _ANNOTATIONS = ("title", "description", "$comment")
+# Keywords that hold schemas under names of the caller's, and those that hold values.
+_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
+_VALUES = ("const", "enum")
 
 
 def output_grammar(body: GenerationBody) -> Grammar | None:
@@ -84,9 +87,12 @@ def without_annotations(schema: Any) -> Any:
         return [without_annotations(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
-    # A property may have the name of an annotation, but then it is no string.
-    return {
-        key: value if key in ("const", "enum") else without_annotations(value)
-        for key, value in schema.items()
-        if not (key in _ANNOTATIONS and isinstance(value, str))
-    }
+    rest: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _BY_NAME and isinstance(value, dict):
+            rest[key] = {name: without_annotations(inner) for name, inner in value.items()}
+        elif key in _VALUES:
+            rest[key] = value
+        elif not (key in _ANNOTATIONS and isinstance(value, str)):
+            rest[key] = without_annotations(value)
+    return rest

@@ -222,11 +222,14 @@ def _scheduler() -> Sequence[Builder[Panel]]:
     return [
         series(
             "Choices",
-            [(gauge("num_requests_running"), "running"), (gauge("num_requests_waiting"), "waiting")],
+            [
+                (gauge("num_requests_running"), "running"),
+                (gauge("num_requests_waiting"), "waiting"),
+                (gauge("open_requests"), "open requests"),
+            ],
             unit="short",
             width=6,
-            description="A choice is one of a request's n answers. It runs while it holds a lane.",
-            is_stacked=True,
+            description="A choice is one of a request's n answers, and runs while it has a lane. Requests are open till they end.",
         ),
         series(
             "KV cache in use",

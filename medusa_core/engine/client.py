@@ -31,6 +31,11 @@ class EngineClient(Protocol):
         ...
 
     @property
+    def num_open_requests(self) -> int:
+        """Requests of this client whose end the engine has not told yet, whether or not somebody still reads them."""
+        ...
+
+    @property
     def is_ready(self) -> bool:
         """True while requests can be served: loaded, process alive, not restarting."""
         ...

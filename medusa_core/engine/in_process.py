@@ -106,6 +106,10 @@ class InProcessClient:
         return self._streams.stats
 
     @property
+    def num_open_requests(self) -> int:
+        return self._streams.num_open
+
+    @property
     def is_ready(self) -> bool:
         return self._streams.is_attached
 

@@ -76,6 +76,11 @@ class Streams:
     def is_attached(self) -> bool:
         return self._send is not None
 
+    @property
+    def num_open(self) -> int:
+        """Requests whose end has not arrived."""
+        return len(self._streams)
+
     def attach(self, send: Send, stats: EngineStats) -> None:
         """An engine is ready; `send` must not block, and takes its commands in order."""
         self._send = send

@@ -55,15 +55,15 @@ def hermes_grammar(
     so that there is no white space to go on with for ever.
     """
     open_marker, close_marker = (OPEN, CLOSE) if has_marker_tokens else (json.dumps(OPEN), json.dumps(CLOSE))
-    rules = [f'call: {open_marker} "\\n" ({_any_of("call", functions)}) "\\n" {close_marker}']
+    rules = [rf'call: {open_marker} "\n{{\"name\": \"" ({_any_of("call", functions)}) "}}\n" {close_marker}']
     if text_tokens is not None:
         rules += _text_rules(functions, text_tokens, has_marker_tokens=has_marker_tokens)
     else:
         calls = "call" if is_single else 'call ("\\n" call)*'
         rules.append(f"start: {calls}" if answer_schema is None else f"start: {calls} | answer")
     for i, function in enumerate(functions):
-        head = json.dumps(f'{{"name": "{function.name}", "arguments": ')
-        rules += [f'call_{i}: {head} arguments_{i} "}}"', _json_rule(f"arguments_{i}", {"type": "object", **function.parameters})]
+        rules.append(rf'call_{i}: "{function.name}\", \"arguments\": " arguments_{i}')
+        rules.append(_json_rule(f"arguments_{i}", {"type": "object", **function.parameters}))
     if answer_schema is not None:
         rules.append(_json_rule("answer", answer_schema))
     return "\n".join(rules) + "\n"
@@ -75,22 +75,22 @@ def _text_rules(functions: Sequence[ToolFunction], text_tokens: Mapping[int, str
     A head is what a call without marker tokens may begin with, up to its name: at the beginning of the answer, behind a call, or
     behind a marker spelt in text. It is lazy, so that it ends there, and what follows shows whether there was a call.
     """
-    others = ",".join(str(token_id) for token_id, spelling in text_tokens.items() if spelling not in (OPEN, CLOSE))
-    text = f"head* TEXT (<[{others}]> head* TEXT)*" if others else "head* TEXT"
+    breaks = ["call"] if has_marker_tokens else []
+    # llguidance takes added tokens for text unless they are spelt like this.
+    marks = [i for i, spelling in text_tokens.items() if re.fullmatch("<.*>", spelling) and spelling not in (OPEN, CLOSE)]
+    if marks:
+        breaks.append(f"<[{','.join(map(str, marks))}]>")
+    text = "head* TEXT"
+    pieces = ["bare", *([f"{text} ({' | '.join(breaks)})"] if breaks else [])]
     behind_call = rf"({_SPACE}|\}})*((```|<\/tool_call>)({_SPACE}|\}})*)?"
     return [
-        f"start: (bare | {text} call)* {text}" if has_marker_tokens else f"start: bare* {text}",
+        f"start: ({' | '.join(pieces)})* {text}",
         "TEXT: /(?s:.*)/",
-        f"bare: head+ ({_any_of('bare', functions)}) END",
+        f"bare: head+ ({_any_of('bare', functions)}) END" + (f" (SPACE? {CLOSE})?" if has_marker_tokens else ""),
         rf"head[lazy]: /({behind_call}(```(json)?\n)?|(?s:.*)<tool_call>){_SPACE}*\{{{_SPACE}*\"name\"{_SPACE}*:{_SPACE}*\"/",
-        *(
-            line
-            for i, function in enumerate(functions)
-            for line in (
-                rf"name_{i}[lazy]: /{function.name}\"{_SPACE}*,{_SPACE}*\"arguments\"{_SPACE}*:/",
-                f"bare_{i}: name_{i} SPACE? arguments_{i}",
-            )
-        ),
+        rf"BEHIND_NAME: /\"{_SPACE}*,{_SPACE}*\"arguments\"{_SPACE}*:/",
+        *(f'name_{i}[lazy]: "{function.name}" BEHIND_NAME' for i, function in enumerate(functions)),
+        *(f"bare_{i}: name_{i} SPACE? arguments_{i}" for i in range(len(functions))),
         f"SPACE: /{_SPACE}{{1,40}}/",
         rf"END: /{_SPACE}{{0,40}}\}}/",
     ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from medusa_core.outputs import TokenDelta
@@ -12,10 +14,19 @@ from server.metrics.collectors import Count, TokenCounter, TokenHistogram, Token
 class GenerationMetrics:
     """Choices, their tokens and their steps, labelled with the model's served name. Created once the model is known.
 
-    max_depth: longest path of the tree; 0 where nothing drafts. max_model_len: most tokens of prompt and output.
+    max_depth: longest path of the tree; 0 where nothing drafts. max_model_len: most tokens of prompt and output. num_open_requests:
+    as EngineClient's.
     """
 
-    def __init__(self, registry: CollectorRegistry, *, model_name: str, max_depth: int, max_model_len: int) -> None:
+    def __init__(
+        self,
+        registry: CollectorRegistry,
+        *,
+        model_name: str,
+        max_depth: int,
+        max_model_len: int,
+        num_open_requests: Callable[[], int],
+    ) -> None:
         self._registry = registry
         self._model_name = model_name
         self._token_rate = TokenRate()
@@ -25,11 +36,11 @@ class GenerationMetrics:
         )
         open_requests = Gauge(
             "medusa_open_requests",
-            "Requests handed to the engine that have not ended, as the HTTP side sees it.",
+            "Requests handed to the engine whose end it has not told, as the HTTP side sees it.",
             ("model_name",),
             registry=registry,
         )
-        self.open_requests = open_requests.labels(model_name)
+        open_requests.labels(model_name).set_function(num_open_requests)
         self._create_token_metrics(buckets.up_to(max_model_len))
         self._create_time_metrics()
         self._create_speculation_metrics(max_depth)

@@ -27,7 +27,7 @@ def exposed() -> dict[str, set[str]]:
     http = HttpMetrics(registry)
     http.observe(method="POST", route="/v1/completions", status=200, duration_s=0.1)
     http.observe_key("k", status=200, num_tokens=1)
-    GenerationMetrics(registry, model_name="m", max_depth=4, max_model_len=100)
+    GenerationMetrics(registry, model_name="m", max_depth=4, max_model_len=100, num_open_requests=lambda: 0)
     EngineMetrics(registry, model_name="m", info=msgspec.structs.replace(INFO, tree_sizes=(1, 4), head_ranks=((1, 0), (1, 1))))
     register_build_info(registry)
     return {

@@ -33,6 +33,7 @@ async def test_a_late_delta_of_an_abandoned_request_never_reaches_a_new_one_of_t
     await reading
     await stream.aclose()
     assert sent[-1] == Abort("a")
+    assert streams.num_open == 1
     with pytest.raises(InvalidParameterError):
         await collect(streams, make_request("a", [6]))
     streams.receive(outputs("a", [5]))
@@ -41,6 +42,7 @@ async def test_a_late_delta_of_an_abandoned_request_never_reaches_a_new_one_of_t
     await asyncio.sleep(0)
     streams.receive(outputs("a", [6], FinishReason.STOP))
     assert tokens_of(await again) == [6]
+    assert streams.num_open == 0
 
 
 async def test_a_finished_request_is_not_aborted():

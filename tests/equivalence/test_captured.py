@@ -28,6 +28,7 @@ def test_the_kernels_give_the_tokens_of_transformers(architecture):
     check(architecture, **_SMALL, prompt_numbers=(0, 2), max_tokens=6)
 
 
+@pytest.mark.long
 def test_penalties_on_kernels_count_along_the_path():
     params = [
         SamplingParams(temperature=0.0, max_tokens=12, frequency_penalty=2.0, repetition_penalty=20.0),
@@ -110,6 +111,7 @@ def successor_model() -> tuple[LoadedModel, SequentialHeads]:
     return loaded, heads.requires_grad_(False).to(options.device, torch.float16)
 
 
+@pytest.mark.long
 def test_sequential_heads_on_kernels_are_right_and_change_nothing():
     loaded, heads = successor_model()
     assert suits(heads, loaded)

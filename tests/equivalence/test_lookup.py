@@ -76,7 +76,8 @@ def test_the_same_tokens_in_fewer_steps(variant, has_heads, plain):
     assert (sum(stats.num_head_hits_total) > 0) == has_heads
 
 
-@pytest.mark.parametrize("has_heads", [pytest.param(False, marks=pytest.mark.long), True])
+@pytest.mark.long
+@pytest.mark.parametrize("has_heads", [False, True])
 def test_the_same_tokens_on_kernels(has_heads, plain):
     loaded, names, num_tokens = tiny_model(ARCHITECTURE), ["greedy, repeating", "biased"], 14
     texts = [prompt + plain[name].token_ids for name, (prompt, _) in zip(names, requests(names), strict=True)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+import pytest
+
 from medusa_core.params import SamplingParams
 from tests.equivalence.driver import make_engine, run
 from tests.equivalence.models import oracle_heads, tiny_model
@@ -30,6 +32,7 @@ def test_steps_are_longer_and_greedy_requests_stay_exact():
     assert typical[2, 0].token_ids == exact[2, 0].token_ids
 
 
+@pytest.mark.long
 def test_kernels_accept_the_same():
     loaded = tiny_model("qwen2")
     likely = run(make_engine(loaded, None, mode="eager"), [(prompt, EXACT[2]) for prompt in PROMPTS])

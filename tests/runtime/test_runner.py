@@ -272,6 +272,7 @@ def test_blocks_come_as_they_are_needed_and_lanes_are_used_again(bench, continua
     assert bench.decode(6, continuation[1:4]).token_ids == continuation[1:5]
 
 
+@pytest.mark.long
 def test_timing_steps_leaves_the_runner_as_it_was(continuation):
     bench = Bench(kind="kernels")
     assert isinstance(bench.runner, GraphRunner)

@@ -154,6 +154,10 @@ class FakeClient:
         return self.description
 
     @property
+    def num_open_requests(self) -> int:
+        return self.num_live
+
+    @property
     def is_ready(self) -> bool:
         return self.is_started and self.is_alive
 

@@ -16,6 +16,7 @@ from tokenizers import AddedToken
 from transformers import PreTrainedTokenizerFast
 
 from medusa_core.text.hermes import CLOSE, OPEN, HermesParser, hermes_grammar
+from medusa_core.text.tokenizer import Tokenizer
 from medusa_core.text.tool_calls import CallArguments, CallStart, ToolFunction
 from tests.text.conftest import BUILDERS
 
@@ -42,7 +43,9 @@ NOW = call("time-now", "{}")
 
 def new_tokenizer(has_marker_tokens):
     backend = BUILDERS["byte_level"]()
-    backend.add_special_tokens([AddedToken(token, special=True) for token in ("</s>", "<think>")])
+    backend.add_special_tokens([AddedToken("</s>", special=True)])
+    # as models have them, for reasoning and for indented code
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in ("<think>", "</think>", "  ", "\n\n")])
     if has_marker_tokens:
         backend.add_tokens([AddedToken(marker, special=False, normalized=False) for marker in (OPEN, CLOSE)])
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
@@ -157,11 +160,16 @@ def test_calls_in_text_are_held_to_their_schema(kind, text, made_wrong):
 
 def test_text_may_have_the_tokens_that_are_said_to_be_text(kind):
     tokenizer, _, has_marker_tokens = kind
-    texts = {token_id: str(token) for token_id, token in tokenizer.added_tokens_decoder.items() if str(token) != "</s>"}
+    texts = Tokenizer(tokenizer).added_tokens()
     for text in ("<think>", "Hm.<think>Done", f"<think>{PARIS}<think>"):
         assert is_taken(kind, text, [WEATHER], is_single=False, text_tokens=texts)
         assert not is_taken(kind, text, [WEATHER], is_single=False, text_tokens={})
-    # A marker is one whatever is said of it.
+    for text in ("a  b\n\n  c", f"<think>\n\nHm.</think>\n\n{PARIS}\n\nSo.", f"{ROME}\n\n"):
+        assert is_taken(kind, text, [WEATHER], is_single=False, text_tokens=texts)
+    for text in (f"</think>\n\n{PARIS}", f"\n\n{ROME}", ROME.replace(": ", ":  ", 1), f"<think>a</think>{PARIS}"):
+        assert not is_taken(kind, text.replace("city", "town"), [WEATHER], is_single=False, text_tokens=texts)
+    # A marker is one whatever is said of it, and may stand behind a call without the other.
+    assert is_taken(kind, f"{ROME}\n{CLOSE}", [WEATHER], is_single=False, text_tokens=texts)
     assert is_taken(kind, f"a{CLOSE}", [WEATHER], is_single=False, text_tokens=texts) == (not has_marker_tokens)
 
 
@@ -169,7 +177,7 @@ PIECES = [
     OPEN, CLOSE, "```json\n", "```\n", "```", "{", "}", "\n", " ", "\x1d", "\xa0", "word", ",", ":",
     '"name"', '"arguments"', '"get_weather"',
     '{"name": "get_weather", "arguments":', '{"city": "Rom"}', '{"city": 5}', "{}", '{"arguments": {}, "name": "get_weather"}',
-    '{"name": "f", "arguments": {}}', ROME, ROME.replace("city", "town"), PARIS, NOW,
+    "<think>", "</think>", "  ", "\n\n", '{"name": "f", "arguments": {}}', ROME, ROME.replace("city", "town"), PARIS, NOW,
 ]  # fmt: skip
 
 
@@ -201,7 +209,9 @@ def byte_matchers():
     made = {}
     for has_marker_tokens in (True, False):
         tokenizer = new_tokenizer(has_marker_tokens)
-        grammar = hermes_grammar([WEATHER, TIME, ANYTHING], is_single=False, has_marker_tokens=has_marker_tokens, text_tokens={})
+        texts = Tokenizer(tokenizer).added_tokens()
+        functions = [WEATHER, TIME, ANYTHING]
+        grammar = hermes_grammar(functions, is_single=False, has_marker_tokens=has_marker_tokens, text_tokens=texts)
         made[has_marker_tokens] = LLMatcher(llguidance.hf.from_tokenizer(tokenizer), grammar), tokenizer
     return made
 
