@@ -218,13 +218,15 @@ async def test_the_sdk_reads_answers_strictly(make_sdk):
 
 
 async def test_the_sdks_stream_helper_collects_the_answer(make_sdk):
-    sdk = await make_sdk(said(BOTH))
+    client = said(BOTH)
+    sdk = await make_sdk(client)
     async with sdk.responses.stream(model="tiny", input="Hi", tools=[{**TOOL, "strict": True}]) as stream:
         kinds = [event.type async for event in stream]
         answer = await stream.get_final_response()
     assert kinds[-1] == "response.completed"
     assert answer.output_text == "I look."
     assert [item.name for item in answer.output[1:]] == ["weather", "weather"]
+    assert client.requests[0].params.grammar is not None, "as in chat completions"
 
 
 async def test_the_sdk_raises_our_errors(make_sdk):
