@@ -160,6 +160,7 @@ def test_the_demo_model_answers():
     assert FIGURES.search(out)
 
 
+@pytest.mark.long
 @pytest.mark.demo
 def test_the_demo_model_compares_in_sixteen_bits():
     out = on_the_demo_model(

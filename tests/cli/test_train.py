@@ -192,6 +192,7 @@ def test_a_stopped_run_goes_on_with_the_same_command(train, tiny, data, tmp_path
     assert losses(pieces) == losses(whole)
 
 
+@pytest.mark.long
 def test_without_data_the_model_writes_its_own(train, tiny, tmp_path):
     output = tmp_path / "out"
     arguments = ["--output", output, "--num-tokens", "200", "--max-num-seqs", "32", *FAST, "--no-plots", *tiny]

@@ -44,6 +44,7 @@ def test_heads_of_another_model(heads_of_another_model: Path):
     assert "896" in sentence
 
 
+@pytest.mark.long
 def test_a_truncated_gguf(tmp_path: Path):
     path = tmp_path / "model.gguf"
     path.write_bytes(b"GGUF\x03\x00\x00\x00" + bytes(10))
@@ -60,6 +61,7 @@ def test_a_missing_model():
     assert "/nowhere/model" in start("--model", "/nowhere/model")
 
 
+@pytest.mark.long
 def test_a_heads_file_as_the_model():
     assert "config.json" in start("--model", str(demo_heads_path()))
 

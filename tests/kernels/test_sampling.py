@@ -164,7 +164,10 @@ def random_logits(num_rows: int, num_columns: int, seed: int) -> torch.Tensor:
     return torch.where(is_rounded, logits.round(decimals=1), logits).to(options.device)
 
 
-@pytest.mark.parametrize(("num_columns", "num_rows", "seed"), [(1200, 150, 1), (600, 250, 2), (60, 200, 3)])
+@pytest.mark.parametrize(
+    ("num_columns", "num_rows", "seed"),
+    [pytest.param(1200, 150, 1, marks=pytest.mark.long), pytest.param(600, 250, 2, marks=pytest.mark.long), (60, 200, 3)],
+)
 def test_draws_are_those_of_the_sampler(num_columns, num_rows, seed):
     """600 draws, each with a mix of its own."""
     lanes = parameters(num_rows, seed, num_columns)
