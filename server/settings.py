@@ -109,13 +109,9 @@ class ServerSettings(BaseSettings):
     )
     keep_alive_timeout_s: int = Field(5, ge=1, description="seconds that a connection may be idle between requests")
     allow_unknown_fields: bool = Field(False, description="ignore unknown fields of requests instead of answering 400")
-    drain_timeout_s: float = Field(
-        60, ge=0, allow_inf_nan=False, description="seconds that running requests may take to end after SIGTERM"
-    )
+    drain_timeout_s: Seconds = Field(60, description="seconds that running requests may take to end after SIGTERM")
     no_vllm_metrics: bool = Field(False, description="leave out of /metrics what repeats ours under vLLM's names")
-    sse_ping_s: float = Field(
-        0, ge=0, allow_inf_nan=False, description="seconds between comment lines in idle streams; 0 sends none"
-    )
+    sse_ping_s: Seconds = Field(0, description="seconds between comment lines in idle streams; 0 sends none")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe messages that are logged")
     log_format: LogFormat = Field("text", description="lines for people, or a JSON object per line; of both processes")
     otlp_traces_endpoint: str | None = Field(

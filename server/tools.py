@@ -71,7 +71,7 @@ def chat_grammar(body: ChatBody, model: ServedModel) -> Grammar | None:
     is_text = form is None and body.has_free_choice
     try:
         functions = [
-            _function(tool, is_held=not is_text or tool.function.strict is True)
+            _function(tool, is_held=not is_text or bool(tool.function.strict))
             for tool in body.tools or ()
             if not isinstance(choice, dict) or tool.function.name == _name(choice)
         ]

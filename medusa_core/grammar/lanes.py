@@ -47,7 +47,6 @@ class _Lane:
 
     matcher: behind the tokens that were emitted. probe: a second one that follows the tree and comes back, so that whatever happens
     to it on a path nobody takes does not matter; None if it has to be made anew. failure: why the lane cannot go on; "" = it can.
-    is_given_up: that has been told.
     """
 
     uid: int
@@ -60,7 +59,6 @@ class _Lane:
     num_probe_failures: int = 0
     num_renewals: int = 0
     failure: str = ""
-    is_given_up: bool = False
 
     def usable_probe(self) -> LLMatcher:
         """The one there is, unless it has to be made anew."""
@@ -79,8 +77,8 @@ class GrammarLanes:
         self._compiler = compiler
         self._eos_token_ids = tuple(eos_token_ids)
         self._lanes: dict[int, _Lane] = {}
-        # uids of requests that have failed and lost their lane before the result of that step was read
-        self._failed: set[int] = set()
+        # by uid, why a request cannot go on, until the result of that step is read: by then it may have lost its lane
+        self._failures: dict[int, str] = {}
         # made when there is something for its threads
         self._executor: LLExecutor | None = None
         # what a node of a chain takes, all lanes at once
@@ -94,9 +92,7 @@ class GrammarLanes:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
         for number in plan.leaves:
             lane = self._lanes.pop(number, None)
-            if lane is not None and lane.failure and not lane.is_given_up:
-                self._failed.add(lane.uid)
-            elif lane is not None:
+            if lane is not None:
                 self._compiler.take_back(lane.grammar, lane.matcher)
         for join in plan.joins:
             if join.params.grammar is not None:
@@ -131,14 +127,11 @@ class GrammarLanes:
 
     def take(self, result: LaneResult) -> LaneResult:
         """Advance by what a step emitted. Returns the result, or instead of it the lane's end where its matcher has failed."""
+        failure = self._failures.pop(result.uid, "")
+        if failure:
+            logger.warning("the output of lane %d is given up: its grammar cannot be followed (%s)", result.lane, failure)
+            return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.GRAMMAR)
         lane = self._lanes.get(result.lane)
-        if lane is not None and lane.uid == result.uid and lane.failure:
-            logger.warning("the output of lane %d is given up: its grammar cannot be followed (%s)", result.lane, lane.failure)
-            lane.is_given_up = True
-            return _given_up(result)
-        if result.uid in self._failed:
-            self._failed.remove(result.uid)
-            return _given_up(result)
         if lane is None or lane.uid != result.uid:
             # no grammar, or the lane was given away meanwhile: a request that comes back brings its tokens along
             return result
@@ -175,6 +168,7 @@ class GrammarLanes:
         lane.failure = failure
         if failure:
             # whatever is drawn is not told to anyone
+            self._failures[lane.uid] = failure
             mask_W.fill(-1)
         else:
             _ban_ends(lane, 0, mask_W)
@@ -308,11 +302,6 @@ def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
     if matcher.is_error():
         return matcher.get_error()
     return "" if mask_W.any() else "no token can come next"
-
-
-def _given_up(result: LaneResult) -> LaneResult:
-    """The end of a lane, whatever was drawn for it."""
-    return LaneResult(lane=result.lane, uid=result.uid, token_ids=[], finish_reason=FinishReason.GRAMMAR)
 
 
 def _ban_ends(lane: _Lane, depth: int, mask_W: np.ndarray) -> None:

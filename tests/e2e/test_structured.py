@@ -64,7 +64,7 @@ def test_speculation_changes_no_token_and_works(server: Server):
 )
 def test_other_forms_on_both_endpoints(server: Server, fields, check):
     messages = [{"role": "user", "content": "Name a colour and describe it in JSON."}]
-    options = {"model": MODEL, "max_tokens": 80, "temperature": 0.7, "n": 2, **fields}
+    options = {"model": MODEL, "max_tokens": 150, "temperature": 0.7, "n": 2, **fields}
     for path, prompt in (("chat/completions", {"messages": messages}), ("completions", {"prompt": "A colour: "})):
         answer = server.http.post(f"/v1/{path}", json={**options, **prompt}).json()
         for choice in answer["choices"]:

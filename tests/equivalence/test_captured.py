@@ -52,9 +52,7 @@ def test_penalties_on_kernels_count_along_the_path():
 @pytest.mark.long
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_architecture_on_kernels(architecture):
-    # More than a minute each in the interpreter, were they as long as on a GPU.
-    requests = {"prompt_numbers": (0, 2), "max_tokens": 10} if options.device == "cpu" else {"prompt_numbers": (0, 2, 3)}
-    check(architecture, **_SMALL, **requests)
+    check(architecture, **_SMALL, prompt_numbers=(0, 2, 3))
 
 
 @pytest.mark.cuda
