@@ -4,33 +4,35 @@ A node's mask says which tokens may be drawn there: those the grammar allows beh
 is then what it would be without the tree. Nodes that the grammar does not allow need no mask, since nobody draws them.
 
 A mask takes from 10 microseconds to 250 and more, inside a string of limited length. So trees are cut into chains, and llguidance
-follows a chain of every lane at once, in threads of its own.
+follows two chains of every lane at once, in threads of its own. Around that there is plain Python on purpose: the thread that
+launches steps needs the interpreter too, and every operation of numpy that lets it go waits for half a step to get it back.
 
-Shapes: B lanes of one step · N tree nodes (root included) · W words of 32 tokens, int32: token t is bit t % 32 of word t // 32.
+Shapes: B lanes of one step · N tree nodes (root included) · K rows of masks · W words of 32 tokens (see TreeMasks).
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
 from llguidance.numpy import fill_next_token_bitmask_par, fill_next_token_bitmask_par_with_draft_tokens
 
 from medusa_core.grammar.compiler import GrammarCompiler
+from medusa_core.grammar.trees import Chain, TreeMasks, chains_of, num_mask_rows
 from medusa_core.outputs import FinishReason
 from medusa_core.params import Grammar
 from medusa_core.plan import LaneJoin, LaneResult, StepPlan
 
 logger = logging.getLogger(__name__)
 
-# Time for masks below the roots in one step, about that of a step on a GPU. Nodes not reached by then are left out of the tree,
-# which costs speed but changes no token.
-_DRAFT_BUDGET_S = 0.002
+# Time for masks below the roots in one step, a few of which other lanes make on a GPU meanwhile. Nodes not reached by then are left
+# out of the tree, which costs speed but changes no token.
+_DRAFT_BUDGET_S = 0.004
 # A first failure may be due to others who have used the same lexer. Whoever fails again decodes without drafts from then on: each
 # time costs up to 50 ms.
 _MAX_PROBE_FAILURES = 2
@@ -39,32 +41,40 @@ _MIN_TOKENS_PER_RENEWAL = 64
 # What a node takes at least, and the weight of a new measurement of it.
 _SHORTEST_S = 5e-6
 _SMOOTHING = 0.05
+# Chains that are followed at once: a tree of 8 nodes seldom has more. Each takes a matcher of every lane, which must be told of
+# whatever is emitted.
+_NUM_PROBES = 2
+_MAX_THREADS = 16
 
 
 @dataclass(slots=True)
 class _Lane:
     """A request's place in its grammar.
 
-    matcher: behind the tokens that were emitted. probe: a second one that follows the tree and comes back, so that whatever happens
-    to it on a path nobody takes does not matter; None if it has to be made anew. failure: why the lane cannot go on; "" = it can.
+    matcher: behind the tokens that were emitted. probes: others that follow the tree and come back, so that whatever happens to
+    them on a path nobody takes does not matter; made when they are needed. failure: why the lane cannot go on; "" = it can.
     """
 
     uid: int
     grammar: Grammar
     emitted: list[int]
     min_tokens: int
-    end_ids: list[int]
+    end_ids: frozenset[int]
     matcher: LLMatcher
-    probe: LLMatcher | None = None
+    probes: list[LLMatcher] = field(default_factory=list)
     num_probe_failures: int = 0
     num_renewals: int = 0
     failure: str = ""
 
-    def usable_probe(self) -> LLMatcher:
-        """The one there is, unless it has to be made anew."""
-        if self.probe is None:
-            self.probe = self.matcher.deep_copy()
-        return self.probe
+    @property
+    def can_draft(self) -> bool:
+        return not self.failure and self.num_probe_failures < _MAX_PROBE_FAILURES
+
+    def probe(self, number: int) -> LLMatcher:
+        """One of those there are, or a new one."""
+        while len(self.probes) <= number:
+            self.probes.append(self.matcher.deep_copy())
+        return self.probes[number]
 
 
 class GrammarLanes:
@@ -88,6 +98,11 @@ class GrammarLanes:
     def __contains__(self, lane: int) -> bool:
         return lane in self._lanes
 
+    @property
+    def num_mask_words(self) -> int:
+        """Words of a mask, at least those of the logits. Known once there is a lane."""
+        return self._compiler.num_mask_words
+
     def apply(self, plan: StepPlan) -> None:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
         for number in plan.leaves:
@@ -99,31 +114,42 @@ class GrammarLanes:
                 self._lanes[join.lane] = self._join(join)
 
     def fill(
-        self, lanes: Sequence[int], tokens_BN: np.ndarray, parents: Sequence[int], budget_s: float = _DRAFT_BUDGET_S
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """The masks of each lane's tree, int32 [B, N, W], and which nodes are left out of it, bool [B, N].
-
-        A node left out must not be descended to, and neither it nor a node that the grammar does not allow has a mask.
+        self,
+        lanes: Sequence[int],
+        token_BN: np.ndarray,
+        parents: Sequence[int],
+        budget_s: float = _DRAFT_BUDGET_S,
+        *,
+        mask_KW: np.ndarray | None = None,
+    ) -> TreeMasks:
+        """The masks of each lane's tree. A node has none if the grammar does not allow it, if it ends the text, or if time was up.
 
         Args:
-            tokens_BN: token of each node; the root's does not matter, as it has been emitted.
+            token_BN: token of each node; the root's does not matter, as it has been emitted.
             parents: of each node, before it in order; the root's is -1.
             budget_s: most time to spend before nodes below the roots are left out.
+            mask_KW: where to write masks, else to new memory: zeros, `num_mask_rows` for each lane, `num_mask_words` wide.
         """
-        masks_BNW = np.zeros((*tokens_BN.shape, self.num_words), dtype=np.int32)
-        is_left_out_BN = np.zeros(tokens_BN.shape, dtype=bool)
         deadline_s = time.perf_counter() + budget_s
-        trees = []
-        for number, lane in enumerate(map(self._lanes.__getitem__, lanes)):
-            tree = _Tree(lane, tokens_BN[number].tolist(), masks_BNW[number], is_left_out_BN[number])
-            if lane.failure or lane.num_probe_failures >= _MAX_PROBE_FAILURES:
-                self._fill_root(lane, tree.masks_NW[0])
-                tree.leave_out(parents)
-            else:
-                trees.append(tree)
-        for chain in _chains(tuple(parents)):
-            self._fill_chain(trees, chain, parents, deadline_s)
-        return masks_BNW, is_left_out_BN
+        parents = tuple(parents)
+        num_rows = num_mask_rows(parents)
+        if mask_KW is None:
+            mask_KW = np.zeros((len(lanes) * num_rows, self.num_mask_words), dtype=np.int32)
+        trees = [
+            _Tree(self._lanes[lane], tokens, number * num_rows, [-1] * len(parents))
+            for number, (lane, tokens) in enumerate(zip(lanes, token_BN.tolist(), strict=True))
+        ]
+        chains = chains_of(parents)
+        following = [tree for tree in trees if tree.lane.can_draft]
+        for first in range(0, len(chains), _NUM_PROBES):
+            following = self._follow(following, chains[first : first + _NUM_PROBES], parents, mask_KW, deadline_s)
+        for tree in trees:
+            if tree.rows[0] < 0:
+                tree.rows[0] = tree.first_row
+                self._fill_root(tree.lane, mask_KW[tree.first_row])
+            if len(tree.lane.emitted) < tree.lane.min_tokens:
+                tree.hold_ends(parents, mask_KW)
+        return TreeMasks(mask_KW, np.array([tree.rows for tree in trees]))
 
     def take(self, result: LaneResult) -> LaneResult:
         """Advance by what a step emitted. Returns the result, or instead of it the lane's end where its matcher has failed."""
@@ -139,8 +165,8 @@ class GrammarLanes:
             lane.emitted += result.token_ids
             # a matcher that fails says so when it is asked for a mask
             lane.matcher.consume_tokens(result.token_ids)
-            if lane.probe is not None and not lane.probe.consume_tokens(result.token_ids):
-                lane.probe = None
+            if not all(probe.consume_tokens(result.token_ids) for probe in lane.probes):
+                lane.probes.clear()
         return result
 
     def _join(self, join: LaneJoin) -> _Lane:
@@ -151,7 +177,7 @@ class GrammarLanes:
             grammar=params.grammar,
             emitted=join.token_ids[join.num_prompt_tokens :],
             min_tokens=params.min_tokens,
-            end_ids=[*self._eos_token_ids, *params.stop_token_ids],
+            end_ids=frozenset((*self._eos_token_ids, *params.stop_token_ids)),
             matcher=self._compiler.lend(params.grammar),
         )
         lane.matcher.consume_tokens(lane.emitted)
@@ -162,7 +188,8 @@ class GrammarLanes:
         if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
             # Perhaps tokens long past, or others before or beside this one, have used up what the lexer may grow to.
             lane.num_renewals += 1
-            lane.matcher, lane.probe = self._compiler.lend(lane.grammar, is_fresh=True), None
+            lane.matcher = self._compiler.lend(lane.grammar, is_fresh=True)
+            lane.probes.clear()
             lane.matcher.consume_tokens(lane.emitted)
             failure = _fill(lane.matcher, mask_W)
         lane.failure = failure
@@ -170,128 +197,119 @@ class GrammarLanes:
             # whatever is drawn is not told to anyone
             self._failures[lane.uid] = failure
             mask_W.fill(-1)
-        else:
-            _ban_ends(lane, 0, mask_W)
 
-    def _fill_chain(self, trees: list[_Tree], chain: _Chain, parents: Sequence[int], deadline_s: float) -> None:
-        """Masks of a chain's nodes, the first chain's root among them, as far as they can be reached and there is time."""
+    def _follow(
+        self, trees: list[_Tree], chains: Sequence[Chain], parents: Sequence[int], mask_KW: np.ndarray, deadline_s: float
+    ) -> list[_Tree]:
+        """Masks of some chains' nodes, the root among them, as far as they can be reached and there is time.
+
+        Returns the trees whose lanes can go on.
+        """
         began_s = time.perf_counter()
-        time_left_s = max(deadline_s - began_s, 0.0)
-        most = min(len(chain.path), int(time_left_s / max(self._node_s, _SHORTEST_S)))
-        jobs = [job for tree in trees if (job := tree.start(chain, most, parents)) is not None]
+        most = int(max(deadline_s - began_s, 0.0) / max(self._node_s, _SHORTEST_S))
+        # What hangs on another of these chains is followed before it is known whether it can be reached.
+        in_chains = {node for chain in chains for node in chain.nodes}
+        jobs: list[_Job] = []
+        for number, chain in enumerate(chains):
+            head = chain.nodes[0]
+            for tree in trees:
+                if head == 0 or parents[head] in in_chains or tree.is_open(head, parents, mask_KW):
+                    drafts = tree.drafts(chain.path[:most])
+                    if len(drafts) >= chain.first_depth:
+                        jobs.append(_Job(tree, chain, tree.lane.probe(number), drafts))
         if not jobs:
-            return
-        rows_JW = np.zeros((len(jobs) * (len(chain.path) + 1), self._compiler.num_mask_words), dtype=np.int32)
-        places = range(0, len(rows_JW), len(chain.path) + 1)
-        self._executor = self._executor or LLExecutor()
-        rooted = [(tree.lane.usable_probe(), place) for tree, place in zip(jobs, places, strict=True) if not tree.drafts]
-        drafted = [(tree.lane.usable_probe(), place, tree.drafts) for tree, place in zip(jobs, places, strict=True) if tree.drafts]
+            return trees
+        self._run(jobs, mask_KW)
+        longest = max(len(job.drafts) for job in jobs)
+        self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
+        failed = set()
+        for job in jobs:
+            lane = job.tree.lane
+            if job.probe.is_error() or not job.tree.accept(job.chain, len(job.drafts), parents, mask_KW):
+                failed.add(lane.uid)
+                lane.probes.clear()
+        for tree in trees:
+            tree.lane.num_probe_failures += tree.lane.uid in failed
+        return [tree for tree in trees if tree.lane.uid not in failed]
+
+    def _run(self, jobs: Sequence[_Job], mask_KW: np.ndarray) -> None:
+        self._executor = self._executor or LLExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
+        rooted = [(job.probe, job.row) for job in jobs if not job.drafts]
+        drafted = [(job.probe, job.row, job.drafts) for job in jobs if job.drafts]
         # Neither takes an empty list.
         if rooted:
-            fill_next_token_bitmask_par(self._executor, rooted, rows_JW)
+            fill_next_token_bitmask_par(self._executor, rooted, mask_KW)
         if drafted:
-            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, rows_JW)
-        longest = max(len(tree.drafts) for tree in jobs)
-        self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
-        for tree, place in zip(jobs, places, strict=True):
-            lane = tree.lane
-            if not lane.usable_probe().is_error() and tree.accept(chain, rows_JW[place:, : self.num_words]):
-                continue
-            lane.probe = None
-            lane.num_probe_failures += 1
-            if chain.nodes[0] == 0:
-                self._fill_root(lane, tree.masks_NW[0])
-            tree.leave_out(parents)
-
-
-@dataclass(frozen=True, slots=True)
-class _Chain:
-    """nodes: each the child of the one before. path: what leads from the root to the last of them, root excluded."""
-
-    nodes: tuple[int, ...]
-    path: tuple[int, ...]
-
-    @property
-    def first_depth(self) -> int:
-        """Depth of the first node, the root's being 0."""
-        return len(self.path) - len(self.nodes) + 1
-
-
-@lru_cache(maxsize=64)
-def _chains(parents: tuple[int, ...]) -> list[_Chain]:
-    """A tree cut into chains, each as long as it gets, the one from the root first and none before the node that it hangs on."""
-    children: list[list[int]] = [[] for _ in parents]
-    for node, parent in enumerate(parents[1:], start=1):
-        children[parent].append(node)
-    chains = []
-    starts: list[tuple[int, tuple[int, ...]]] = [(0, ())]
-    while starts:
-        node, above = starts.pop(0)
-        nodes: list[int] = [node]
-        while children[nodes[-1]]:
-            nodes.append(children[nodes[-1]][0])
-        path = (*above, *nodes) if node > 0 else tuple(nodes[1:])
-        chains.append(_Chain(tuple(nodes), path))
-        for depth, at in enumerate(nodes):
-            to = (*above, *nodes[: depth + 1]) if node > 0 else tuple(nodes[1 : depth + 1])
-            starts += [(sibling, to) for sibling in children[at][1:]]
-    return chains
+            fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, mask_KW)
 
 
 @dataclass(slots=True)
 class _Tree:
-    """One lane's tree while its masks are filled. drafts: tokens that its probe is to follow now."""
+    """One lane's tree while its masks are filled.
+
+    first_row: of the rows for its masks. rows: of each node that has its mask; -1 for others.
+    """
 
     lane: _Lane
-    token_ids: list[int]
-    masks_NW: np.ndarray
-    is_left_out_N: np.ndarray
-    drafts: list[int] = field(default_factory=list)
-    has_failed: bool = False
+    tokens: list[int]
+    first_row: int
+    rows: list[int]
 
-    def start(self, chain: _Chain, most: int, parents: Sequence[int]) -> _Tree | None:
-        """Set the drafts for a chain, at most so many; None if there is nothing to look at."""
-        head = chain.nodes[0]
-        if self.has_failed or (head > 0 and not self._is_open(parents[head], head)):
-            return None
-        if most < chain.first_depth:
-            self.is_left_out_N[head] = True
-            return None
-        self.drafts = []
-        for node in chain.path[:most]:
-            if self.token_ids[node] in self.lane.end_ids:
+    def drafts(self, path: Sequence[int]) -> list[int]:
+        """Tokens of a path, up to the first that nothing comes behind."""
+        drafts = []
+        for node in path:
+            if self.tokens[node] in self.lane.end_ids:
                 break
-            self.drafts.append(self.token_ids[node])
-        return self
+            drafts.append(self.tokens[node])
+        return drafts
 
-    def accept(self, chain: _Chain, rows_IW: np.ndarray) -> bool:
-        """Take the masks over, row i that behind i drafts. False if there is none where there should be."""
-        depth = chain.first_depth
-        parent = -1
-        for node in chain.nodes:
-            if parent >= 0 and not self._is_open(parent, node):
+    def is_open(self, node: int, parents: Sequence[int], mask_KW: np.ndarray) -> bool:
+        """Whether the token may be drawn behind the parent's path, and something be drawn behind it."""
+        row, token_id = self.rows[parents[node]], self.tokens[node]
+        return row >= 0 and token_id not in self.lane.end_ids and bool(int(mask_KW[row, token_id >> 5]) >> (token_id & 31) & 1)
+
+    def accept(self, chain: Chain, num_drafts: int, parents: Sequence[int], mask_KW: np.ndarray) -> bool:
+        """Take a chain's masks over. False if there is none where there should be."""
+        row = -1
+        first_row = self.first_row + chain.first_row
+        for depth, node in enumerate(chain.nodes, start=chain.first_depth):
+            if depth > num_drafts or not (node == 0 or self.is_open(node, parents, mask_KW)):
                 break
-            if depth > len(self.drafts):
-                self.is_left_out_N[node] = True
-                break
-            self.masks_NW[node] = rows_IW[depth]
-            if not self.masks_NW[node].any():
-                return False
-            _ban_ends(self.lane, depth, self.masks_NW[node])
-            parent, depth = node, depth + 1
+            row = self.rows[node] = first_row + depth
+        # Only behind the deepest node may there be no way to go on.
+        if row >= 0 and not mask_KW[row].tobytes().strip(b"\0"):
+            self.rows[node] = -1
+            return False
         return True
 
-    def leave_out(self, parents: Sequence[int]) -> None:
-        """Nothing is filled any more: what could be reached from filled nodes is not."""
-        self.has_failed = True
-        for node in range(1, len(parents)):
-            if not self.masks_NW[node].any() and self._is_open(parents[node], node):
-                self.is_left_out_N[node] = True
+    def hold_ends(self, parents: Sequence[int], mask_KW: np.ndarray) -> None:
+        """Before `min_tokens` only what goes on may be drawn, if there is anything."""
+        lane, depths = self.lane, [0]
+        for parent in parents[1:]:
+            depths.append(depths[parent] + 1)
+        for row, depth in zip(self.rows, depths, strict=True):
+            if row >= 0 and len(lane.emitted) + depth < lane.min_tokens:
+                held_W = mask_KW[row].copy().view(np.uint32)
+                for token_id in lane.end_ids:
+                    held_W[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+                if held_W.any():
+                    mask_KW[row] = held_W.view(np.int32)
 
-    def _is_open(self, parent: int, node: int) -> bool:
-        """Whether the token may be drawn behind the parent's path, and something be drawn behind it."""
-        token_id = self.token_ids[node]
-        return bool(self.masks_NW[parent, token_id >> 5] >> (token_id & 31) & 1) and token_id not in self.lane.end_ids
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """Follow a chain with a matcher. drafts: tokens along its path, as far as it is to go."""
+
+    tree: _Tree
+    chain: Chain
+    probe: LLMatcher
+    drafts: list[int]
+
+    @property
+    def row(self) -> int:
+        """Of the mask at the root; those behind the drafts follow."""
+        return self.tree.first_row + self.chain.first_row
 
 
 def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
@@ -302,13 +320,3 @@ def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
     if matcher.is_error():
         return matcher.get_error()
     return "" if mask_W.any() else "no token can come next"
-
-
-def _ban_ends(lane: _Lane, depth: int, mask_W: np.ndarray) -> None:
-    """Before `min_tokens` only what goes on may be drawn, if there is anything."""
-    if len(lane.emitted) + depth < lane.min_tokens:
-        banned_W = mask_W.copy().view(np.uint32)
-        for token_id in lane.end_ids:
-            banned_W[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
-        if banned_W.any():
-            mask_W[:] = banned_W.view(np.int32)

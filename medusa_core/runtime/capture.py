@@ -12,6 +12,15 @@ def new_event(*, enable_timing: bool = False) -> torch.cuda.Event:
     return torch.cuda.Event(enable_timing=enable_timing)  # type: ignore[no-untyped-call]
 
 
+def record_event(device: torch.device) -> torch.cuda.Event | None:
+    """Passes when the device has done what has been launched so far. None for a CPU, where it has been done."""
+    if device.type != "cuda":
+        return None
+    event = new_event()
+    event.record()
+    return event
+
+
 def has_passed(event: torch.cuda.Event) -> bool:
     """Whether the device has done what was launched before the event. Does not wait."""
     return event.query()  # type: ignore[no-untyped-call,no-any-return]

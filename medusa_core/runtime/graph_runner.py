@@ -28,7 +28,7 @@ from medusa_core.kernels.topk import topk_rows
 from medusa_core.kernels.tree_step import NUM_RESULT_COLUMNS
 from medusa_core.plan import DecodeGroup, PrefillChunk, StepPlan
 from medusa_core.runtime.buckets import chunk_buckets, decode_buckets, lane_buckets
-from medusa_core.runtime.capture import capture, has_passed, new_event, new_stream
+from medusa_core.runtime.capture import capture, has_passed, new_event, new_stream, record_event
 from medusa_core.runtime.device_step import DecodeStep, PrefillStep, StepParts
 from medusa_core.runtime.launched import LaunchedGroup, PendingGraphResult
 from medusa_core.runtime.logprobs import ChunkLogprobs, PathLogprobs, chunk_logprobs, to_host
@@ -131,11 +131,11 @@ class GraphRunner:
     def submit(self, plan: StepPlan) -> PendingGraphResult:
         """Apply lane changes, launch the decode groups, then the chunks.
 
-        Lanes that wait for masks are drawn for behind the first launches after the masks are there: nobody else waits for them.
+        Lanes that wait for masks are drawn for as soon as the masks are seen to be there: nobody else waits for them.
         Where those lanes have trees of several sizes, the later ones wait for the earlier ones' masks, behind all launches.
         """
         masked = [group for group in plan.decode_groups if group.has_grammar]
-        if masked or self._waits_for(plan.leaves):
+        if masked or self._waits_for(plan.leaves) or self._has_masks:
             self._end_waiting()
         self._lanes.apply(plan, self._parts.model.eos_token_ids)
         self._grammars.apply(plan)
@@ -158,12 +158,12 @@ class GraphRunner:
             prompt_logprobs += chunk_logprobs(self._lanes, chunks, hidden_TE, project, top_k=topk_rows)
         # Chunks are waited for also where they bring nothing: else all of a long prompt would be launched ahead, in front of
         # everything that comes meanwhile.
-        is_done = self._record() if groups or plan.chunks else None
+        is_done = record_event(self._lanes.device) if groups or plan.chunks else None
         self._latest = PendingGraphResult(plan.step_id, groups, prompt_logprobs, is_done, self._grammars, self._take_late)
         for group in masked[1:]:
             self._end_waiting()
             self._waiting = self._masked.begin(group, None)
-        if self._waiting is not None and self._waiting.masks.done():
+        if self._has_masks:
             self._end_waiting()
         return self._latest
 
@@ -187,7 +187,12 @@ class GraphRunner:
         """Draw for the lanes that wait for masks, if any do."""
         waiting, self._waiting = self._waiting, None
         if waiting is not None:
-            self._late.append((self._collect(waiting.group.lanes, self._masked.end(waiting)), self._record()))
+            self._late.append((self._collect(waiting.group.lanes, self._masked.end(waiting)), record_event(self._lanes.device)))
+
+    @property
+    def _has_masks(self) -> bool:
+        """Whether lanes have waited for masks that are there by now."""
+        return self._waiting is not None and self._waiting.masks.done()
 
     def _waits_for(self, lanes: Sequence[int]) -> bool:
         return self._waiting is not None and not set(lanes).isdisjoint(self._waiting.group.lanes)
@@ -251,7 +256,8 @@ class GraphRunner:
         if places:
             bits_CW = np.full(self._chunk_bits_CW.shape, -1, dtype=np.int32)
             no_draft_B1 = np.zeros((len(places), 1), dtype=np.int64)
-            bits_CW[places] = self._grammars.fill([drawing[place] for place in places], no_draft_B1, (-1,))[0][:, 0]
+            masks = self._grammars.fill([drawing[place] for place in places], no_draft_B1, (-1,))
+            bits_CW[places] = masks.mask_KW[:, : bits_CW.shape[1]]
             self._chunk_bits_CW.copy_(self._lanes.upload(bits_CW))
         elif self._has_chunk_masks:
             self._chunk_bits_CW.fill_(-1)
@@ -301,13 +307,6 @@ class GraphRunner:
         host_BR.copy_(result_BR[: len(lanes)], non_blocking=True)
         hosts = [self._lanes.host[lane] for lane in lanes]
         return LaunchedGroup(lanes, hosts, step.tree, host_BR, self._path_logprobs(lanes, result_BR))
-
-    def _record(self) -> torch.cuda.Event | None:
-        if not self._is_cuda:
-            return None
-        event = new_event()
-        event.record()
-        return event
 
     def _seconds(self, run: Callable[[], object], *, before: Callable[[], object] | None = None) -> float:
         """Mean of a few runs. before: what the device does before each, not timed."""

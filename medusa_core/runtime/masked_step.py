@@ -4,8 +4,8 @@ What a grammar allows at a node depends on the drafts above it, which the host m
 is at the second part, and at steps of other lanes launched behind it; the third is launched when they are there. Lanes without a
 grammar share the first two parts, as further rows of a forward pass cost next to nothing, and are done behind the second.
 
-Shapes: B lanes of the step · G lanes with a grammar · N nodes · T packed rows · R most rows of a step · W words of 32 tokens ·
-E hidden.
+Shapes: B lanes of the step · G lanes with a grammar · N nodes · T packed rows · R most rows of a step · K rows of masks ·
+W words of 32 tokens · E hidden.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from medusa_core.grammar.lanes import GrammarLanes
+from medusa_core.grammar.trees import num_mask_rows
 from medusa_core.plan import DecodeGroup
-from medusa_core.runtime.capture import capture, new_event
+from medusa_core.runtime.capture import capture, record_event
 from medusa_core.runtime.device_step import DecodeStep, StepParts, TreeRows
 from medusa_core.speculation.device_tree import DeviceTree
 
@@ -32,23 +33,34 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WaitingRows:
-    """What the rows of a forward pass leave for the draws: their hidden states, and tokens and indices of TreeRows. bits_RW: the
-    masks, int32, of the rows that are drawn for."""
+    """What the rows of a forward pass leave for the draws: their hidden states, and tokens and indices of TreeRows.
+
+    mask_KW, mask_row_R: the masks, and which of them each row that is drawn for has (grammar.trees.TreeMasks). host_*: what they
+    are copied from, page-locked on a GPU. To lock memory anew for every step takes up to 4 ms.
+    """
 
     token_R: Tensor
     index_R: Tensor
     hidden_RE: Tensor
-    bits_RW: Tensor
+    mask_KW: Tensor
+    mask_row_R: Tensor
+    host_mask_KW: Tensor
+    host_mask_row_R: Tensor
 
     @classmethod
-    def create(cls, parts: StepParts, num_rows: int, num_words: int) -> WaitingRows:
+    def create(cls, parts: StepParts, num_rows: int, num_mask_rows: int, num_mask_words: int) -> WaitingRows:
         hidden_PE = parts.lanes.hidden_PE
-        token_R, index_R = torch.zeros(2, num_rows, dtype=torch.int64, device=hidden_PE.device)
+        token_R, index_R, mask_row_R = torch.zeros(3, num_rows, dtype=torch.int64, device=hidden_PE.device)
+        mask_KW = torch.zeros(num_mask_rows, num_mask_words, dtype=torch.int32, device=hidden_PE.device)
+        is_cuda = hidden_PE.is_cuda
         return cls(
             token_R=token_R,
             index_R=index_R,
             hidden_RE=hidden_PE.new_zeros(num_rows, hidden_PE.shape[1]),
-            bits_RW=torch.zeros(num_rows, num_words, dtype=torch.int32, device=hidden_PE.device),
+            mask_KW=mask_KW,
+            mask_row_R=mask_row_R,
+            host_mask_KW=torch.zeros(mask_KW.shape, dtype=mask_KW.dtype, pin_memory=is_cuda),
+            host_mask_row_R=torch.zeros(mask_row_R.shape, dtype=mask_row_R.dtype, pin_memory=is_cuda),
         )
 
 
@@ -113,8 +125,10 @@ class MaskedDraw(DecodeStep):
     def _end(self) -> None:
         waiting, num_nodes = self._waiting, self.tree.num_nodes
         row_T = (self._place_G.unsqueeze(1) * num_nodes + self._node_N).flatten()
+        mask_row_T = waiting.mask_row_R[: len(row_T)]
         rows = TreeRows(
-            token_T=waiting.token_R[row_T],
+            # no token is -1, so nobody descends there
+            token_T=torch.where(mask_row_T < 0, -1, waiting.token_R[row_T]),
             index_T=waiting.index_R[row_T],
             lane_T=self.lane_B.repeat_interleave(num_nodes),
             # of no use once the model has run
@@ -122,17 +136,17 @@ class MaskedDraw(DecodeStep):
             slot_T=row_T,
             base_B=self.lane_B,
         )
-        self.finish(rows, waiting.hidden_RE[row_T], self.lane_B, waiting.bits_RW[: len(row_T)])
+        self.finish(rows, waiting.hidden_RE[row_T], self.lane_B, waiting.mask_KW[mask_row_T.clamp(min=0)])
 
 
 @dataclass(frozen=True, slots=True)
 class BegunStep:
-    """Lanes that wait for masks. masks: what GrammarLanes.fill says of them. first_place: of the lanes, in the pass."""
+    """Lanes that wait for masks. masks: done when these are in WaitingRows. first_place: of the lanes, in the pass."""
 
     group: DecodeGroup
     shared: SharedPass
     first_place: int
-    masks: Future[tuple[np.ndarray, np.ndarray]]
+    masks: Future[None]
 
 
 class MaskedSteps:
@@ -158,6 +172,8 @@ class MaskedSteps:
         self._sizes = {nodes: sorted(size for size, n in buckets if n == nodes) for nodes in trees}
         self._num_rows = max(lanes * nodes for lanes, nodes in buckets)
         self._waiting: WaitingRows | None = None
+        # the masks of the step before
+        self._is_copied: torch.cuda.Event | None = None
         self._shared: dict[tuple[int, int, bool | None], SharedPass] = {}
         self._draws: dict[tuple[int, int], MaskedDraw] = {}
         self._inputs: dict[tuple[str, int], Tensor] = {}
@@ -182,46 +198,42 @@ class MaskedSteps:
         padding = [null] * (shared.lane_B.shape[0] - len(free) - len(group.lanes))
         self._load("pass", [[*free, *group.lanes, *padding], [*free, *[null] * len(group.lanes), *padding]])
         shared.start()
-        is_cuda = shared.lane_B.is_cuda
-        tokens_GN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=is_cuda)
-        tokens_GN.copy_(self._tokens(len(free), tokens_GN.shape), non_blocking=True)
-        is_drafted = None
-        if is_cuda:
-            is_drafted = new_event()
-            is_drafted.record()
+        tokens_GN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=shared.lane_B.is_cuda)
+        waiting = self._rows()
+        first_row = len(free) * group.num_nodes
+        tokens_GN.copy_(waiting.token_R[first_row : first_row + tokens_GN.numel()].view_as(tokens_GN), non_blocking=True)
+        is_drafted = record_event(self._parts.lanes.device)
         shared.run_model()
         return BegunStep(group, shared, len(free), self._thread.submit(self._make_masks, group, tokens_GN, is_drafted))
 
-    def _make_masks(
-        self, group: DecodeGroup, tokens_GN: Tensor, is_drafted: torch.cuda.Event | None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def _make_masks(self, group: DecodeGroup, tokens_GN: Tensor, is_drafted: torch.cuda.Event | None) -> None:
+        waiting = self._rows()
+        # smaller trees are the first nodes of larger ones
+        parents = self._parents[: group.num_nodes]
+        mask_KW = waiting.host_mask_KW.numpy()[: len(group.lanes) * num_mask_rows(parents)]
+        if self._is_copied is not None:
+            self._is_copied.synchronize()
+        mask_KW.fill(0)
         if is_drafted is not None:
             is_drafted.synchronize()
-        # smaller trees are the first nodes of larger ones
-        return self._grammars.fill(group.lanes, tokens_GN.numpy(), self._parents[: group.num_nodes])
+        masks = self._grammars.fill(group.lanes, tokens_GN.numpy(), parents, mask_KW=mask_KW)
+        waiting.host_mask_row_R.numpy()[: masks.row_BN.size] = masks.row_BN.ravel()
 
     def end(self, begun: BegunStep) -> MaskedDraw:
         """Wait for the masks, and draw. The results are those of the returned step."""
-        lanes, upload = begun.group.lanes, self._parts.lanes.upload
-        bits_GNW, is_left_out_GN = begun.masks.result()
-        draw = self._draw_of(len(lanes), begun.group.num_nodes)
-        assert self._waiting is not None
-        bits_TW = bits_GNW.reshape(-1, bits_GNW.shape[2])
-        self._waiting.bits_RW[: len(bits_TW)].copy_(upload(bits_TW))
-        if is_left_out_GN.any():
-            # no token is -1, so nobody descends there
-            self._tokens(begun.first_place, is_left_out_GN.shape).masked_fill_(upload(is_left_out_GN), -1)
+        lanes, num_nodes = begun.group.lanes, begun.group.num_nodes
+        begun.masks.result()
+        draw, waiting = self._draw_of(len(lanes), num_nodes), self._rows()
+        num_masks = len(lanes) * num_mask_rows(self._parents[:num_nodes])
+        waiting.mask_KW[:num_masks].copy_(waiting.host_mask_KW[:num_masks], non_blocking=True)
+        num_rows = len(lanes) * num_nodes
+        waiting.mask_row_R[:num_rows].copy_(waiting.host_mask_row_R[:num_rows], non_blocking=True)
+        self._is_copied = record_event(self._parts.lanes.device)
         num_padding = draw.lane_B.shape[0] - len(lanes)
         places = range(begun.first_place, begun.first_place + len(lanes))
         self._load("draw", [[*lanes, *[self._parts.lanes.null_lane] * num_padding], [*places, *[0] * num_padding]])
         draw.end()
         return draw
-
-    def _tokens(self, first_place: int, shape: Sequence[int]) -> Tensor:
-        """Of the nodes of lanes that wait, int64 [G, N]."""
-        assert self._waiting is not None
-        num_lanes, num_nodes = shape
-        return self._waiting.token_R[first_place * num_nodes : (first_place + num_lanes) * num_nodes].view(num_lanes, num_nodes)
 
     def _pass_of(self, num_lanes: int, num_nodes: int, is_greedy: bool | None) -> SharedPass:
         size = self._bucket(num_lanes, num_nodes)
@@ -246,7 +258,8 @@ class MaskedSteps:
 
     def _rows(self) -> WaitingRows:
         if self._waiting is None:
-            self._waiting = WaitingRows.create(self._parts, self._num_rows, self._grammars.num_words)
+            num_masks = max(lanes * num_mask_rows(self._parents[:nodes]) for nodes, sizes in self._sizes.items() for lanes in sizes)
+            self._waiting = WaitingRows.create(self._parts, self._num_rows, num_masks, self._grammars.num_mask_words)
         return self._waiting
 
     def _input(self, kind: str, size: int) -> Tensor:

@@ -207,11 +207,11 @@ class ModelRunner:
             return logits_BNV
         # smaller trees are the first nodes of larger ones
         parents = self._topology.parents[: part.draft_BN.shape[1]]
-        bits_BNW, is_left_out_BN = self._grammars.fill(part.lanes, part.draft_BN, parents)
-        if is_left_out_BN.any():
-            part.tokens_BN = torch.where(self._lanes.upload(is_left_out_BN), -1, part.tokens_BN)
+        masks = self._grammars.fill(part.lanes, part.draft_BN, parents)
+        # no token is -1, so nobody descends there
+        part.tokens_BN = torch.where(self._lanes.upload(masks.row_BN < 0), -1, part.tokens_BN)
         allowed_BNV = logits_BNV.clone() if self._lanes.with_logprobs(part.lanes)[0] else logits_BNV
-        mask_tokens_(allowed_BNV.flatten(0, 1), self._lanes.upload(bits_BNW.reshape(-1, bits_BNW.shape[2])))
+        mask_tokens_(allowed_BNV.flatten(0, 1), self._lanes.upload(masks.mask_KW[masks.row_BN.clip(0).ravel()]))
         return allowed_BNV
 
     def _verify(self, part: _Rows, hidden_BNE: Tensor, logits_BNV: Tensor) -> _GroupResult:

@@ -11,6 +11,7 @@ import pytest
 from llguidance import LLMatcher
 
 from medusa_core.grammar.lanes import GrammarLanes
+from medusa_core.grammar.trees import TreeMasks, num_mask_rows
 from medusa_core.outputs import FinishReason
 from medusa_core.params import Grammar, SamplingParams
 from medusa_core.plan import LaneJoin, LaneResult, StepPlan
@@ -43,6 +44,11 @@ def make_lanes(*joins: LaneJoin) -> GrammarLanes:
     lanes = GrammarLanes(tiny_compiler(), num_tokens=VOCAB_SIZE, eos_token_ids=[EOS_ID])
     lanes.apply(StepPlan(step_id=0, joins=list(joins)))
     return lanes
+
+
+def masks_of(masks: TreeMasks) -> np.ndarray:
+    """Of each node, int32 [B, N, W]; zeros where there is none."""
+    return np.where(masks.row_BN[..., None] < 0, 0, masks.mask_KW[masks.row_BN.clip(0)])
 
 
 def allowed(mask_W: np.ndarray) -> set[int]:
@@ -82,8 +88,7 @@ def test_every_node_that_can_be_reached_has_the_mask_of_its_path(seed):
                 # mostly what the grammar allows, so that the tree is not cut at once
                 options = sorted(allowed(np.frombuffer(before.compute_bitmask(), dtype=np.int32))) if before else []
                 tokens_BN[lane, node] = rng.choice(options) if options and rng.random() < 0.8 else rng.randrange(4, 90)
-        masks_BNW, is_left_out_BN = lanes.fill([0, 1, 2], tokens_BN, parents, budget_s=1e9)
-        assert not is_left_out_BN.any()
+        masks_BNW = masks_of(lanes.fill([0, 1, 2], tokens_BN, parents, budget_s=1e9))
         for lane, grammar in enumerate(GRAMMARS):
             for node in range(24):
                 path = path_to(node, parents, tokens_BN[lane].tolist())
@@ -106,18 +111,30 @@ def test_every_node_that_can_be_reached_has_the_mask_of_its_path(seed):
     assert num_refused > 20
 
 
-def test_without_time_only_roots_have_masks_and_their_children_are_left_out():
+def test_without_time_only_roots_have_masks():
     encode = tiny_tokenizer().encode
     lanes = make_lanes(join(0, GRAMMARS[0], []), join(1, GRAMMARS[0], encode("cat")))
     a, x, c = (encode(letter)[0] for letter in "axc")
     tokens_BN = np.array([[0, a, x, c, EOS_ID]] * 2)
-    masks_BNW, is_left_out_BN = lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=-1.0)
+    masks_BNW = masks_of(lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=-1.0))
     assert masks_BNW.any(axis=2).tolist() == [[True, False, False, False, False]] * 2
-    # what the grammar refuses needs not be left out, nor does what lies below
-    assert is_left_out_BN.tolist() == [[False, True, False, False, False]] * 2
-    full_BNW, _ = lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=1e9)
+    full_BNW = masks_of(lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=1e9))
     assert (full_BNW[:, 0] == masks_BNW[:, 0]).all()
     assert full_BNW.any(axis=2).tolist() == [[True, True, False, True, False]] * 2
+
+
+def test_masks_are_written_where_they_are_wanted():
+    lanes = make_lanes(*(join(lane, grammar, []) for lane, grammar in enumerate(GRAMMARS)))
+    parents = random_tree(random.Random(0), 24)
+    tokens_BN = np.random.default_rng(0).integers(4, 90, (3, 24))
+    expected_BNW = masks_of(lanes.fill([0, 1, 2], tokens_BN, parents, budget_s=1e9))
+    num_rows = 3 * num_mask_rows(tuple(parents))
+    mask_KW = np.zeros((num_rows + 1, lanes.num_mask_words), dtype=np.int32)
+    masks = lanes.fill([0, 1, 2], tokens_BN, parents, budget_s=1e9, mask_KW=mask_KW)
+    assert masks.mask_KW is mask_KW
+    assert (masks_of(masks) == expected_BNW).all()
+    assert masks.row_BN.max() < num_rows
+    assert not mask_KW[num_rows].any()
 
 
 def test_a_request_that_comes_back_goes_on_where_it_was():
@@ -127,17 +144,17 @@ def test_a_request_that_comes_back_goes_on_where_it_was():
         stepwise.take(LaneResult(lane=0, uid=100, token_ids=[token_id]))
     back = make_lanes(join(0, GRAMMARS[0], emitted))
     one_node = np.zeros((1, 1), dtype=np.int64)
-    assert (stepwise.fill([0], one_node, [-1])[0] == back.fill([0], one_node, [-1])[0]).all()
-    assert EOS_ID in allowed(back.fill([0], one_node, [-1])[0][0, 0])
+    assert (masks_of(stepwise.fill([0], one_node, [-1])) == masks_of(back.fill([0], one_node, [-1]))).all()
+    assert EOS_ID in allowed(masks_of(back.fill([0], one_node, [-1]))[0, 0])
 
 
 def test_results_of_a_lane_that_was_given_away_are_not_taken():
     lanes = make_lanes(join(0, GRAMMARS[0], []))
     one_node = np.zeros((1, 1), dtype=np.int64)
-    before = lanes.fill([0], one_node, [-1])[0]
+    before = masks_of(lanes.fill([0], one_node, [-1]))
     late = LaneResult(lane=0, uid=7, token_ids=tiny_tokenizer().encode("cat"))
     assert lanes.take(late) is late
-    assert (lanes.fill([0], one_node, [-1])[0] == before).all()
+    assert (masks_of(lanes.fill([0], one_node, [-1])) == before).all()
     lanes.apply(StepPlan(step_id=1, leaves=[0]))
     assert 0 not in lanes
     assert lanes.take(late) is late
@@ -150,7 +167,7 @@ def test_ends_wait_for_min_tokens_unless_nothing_else_is_allowed():
 
     def mask_behind(text: str, grammar: Grammar, min_tokens: int) -> set[int]:
         lanes = make_lanes(join(0, grammar, encode(text), min_tokens=min_tokens, stop_token_ids=(stop_id,)))
-        return allowed(lanes.fill([0], one_node, [-1])[0][0, 0])
+        return allowed(masks_of(lanes.fill([0], one_node, [-1]))[0, 0])
 
     free = mask_behind("ab", GRAMMARS[0], 0)
     assert {EOS_ID, stop_id} < free
@@ -164,7 +181,7 @@ def test_nodes_count_for_min_tokens():
     a = tiny_tokenizer().encode("a")[0]
     grammar = Grammar(kind="regex", text="a{1,9}")
     lanes = make_lanes(join(0, dataclasses.replace(grammar), [], min_tokens=2))
-    masks_BNW, _ = lanes.fill([0], np.array([[0, a, a]]), [-1, 0, 1], budget_s=1e9)
+    masks_BNW = masks_of(lanes.fill([0], np.array([[0, a, a]]), [-1, 0, 1], budget_s=1e9))
     assert [EOS_ID in allowed(mask_W) for mask_W in masks_BNW[0]] == [False, False, True]
 
 
@@ -182,15 +199,14 @@ def test_a_grammar_that_gets_too_large_on_the_way_ends_its_own_request():
     tree = np.array([[0, brace, quote], [0, d, d]])
     for _ in range(3):
         # on a path of the tree it harms nobody
-        masks_BNW, is_left_out_BN = lanes.fill([0, 1], tree, [-1, 0, 1], budget_s=1e9)
-        assert masks_BNW[:, 0].any(axis=1).all()
-    # the mask behind the brace is what gets too large, and nothing is looked at below
-    assert is_left_out_BN.tolist() == [[False, True, False], [False] * 3]
+        masks_BNW = masks_of(lanes.fill([0, 1], tree, [-1, 0, 1], budget_s=1e9))
+        # the mask behind the brace is what gets too large, and nothing is looked at below
+        assert masks_BNW.any(axis=2).tolist() == [[True, False, False], [True] * 3]
     results = []
     for token_id in (brace, quote, quote):
         results.append(lanes.take(LaneResult(lane=0, uid=100, token_ids=[token_id])))
         assert lanes.take(LaneResult(lane=1, uid=101, token_ids=[d])).finish_reason is None
-        masks_BNW, _ = lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9)
+        masks_BNW = masks_of(lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9))
         assert d in allowed(masks_BNW[1, 0])
     assert (results[-1].token_ids, results[-1].finish_reason) == ([], FinishReason.GRAMMAR)
 
@@ -199,7 +215,7 @@ def test_a_grammar_that_gets_too_large_on_the_way_ends_its_own_request():
 def test_what_a_failed_lane_draws_is_told_to_nobody_though_it_is_preempted_meanwhile(end):
     brace, quote = (tiny_tokenizer().encode(letter)[0] for letter in '{"')
     lanes = make_lanes(join(0, TOO_LARGE, [brace, quote]))
-    masks_BNW, _ = lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1])
+    masks_BNW = masks_of(lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1]))
     assert masks_BNW.all()
     lanes.apply(StepPlan(step_id=1, leaves=[0]))
     result = lanes.take(LaneResult(lane=0, uid=100, **end))

@@ -179,10 +179,13 @@ def test_a_result_waits_for_its_chunks_though_they_draw_nothing(monkeypatch):
     waits = []
 
     class Event:
+        def __init__(self, device: torch.device) -> None:
+            pass
+
         def synchronize(self) -> None:
             waits.append(self)
 
-    monkeypatch.setattr(bench.runner, "_record", Event)
+    monkeypatch.setattr("medusa_core.runtime.graph_runner.record_event", Event)
     assert bench.step(joins=[make_join(4)], chunks=[PrefillChunk(lane=2, start=0, num_tokens=4, is_last=False)]) == []
     assert len(waits) == 1
     assert bench.step(leaves=[2]) == []
