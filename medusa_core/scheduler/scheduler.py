@@ -31,6 +31,9 @@ from medusa_core.scheduler.step_counts import StepCounts
 from medusa_core.tree.topology import TreeTopology
 
 _ROOT_ONLY = TreeTopology(())
+# Steps of lanes without a grammar between two with one, which cost the others about half a step on an H200: without a pause they
+# lost 8 to 13 %, with this one 2 to 6 % (docs/performance.md).
+_FREE_STEPS = 6
 
 
 class Scheduler:
@@ -198,11 +201,9 @@ class Scheduler:
 
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
-        # Those with a grammar wait for each other, so that their masks are made together.
-        has_masked = self._in_flight.has_masked
-        requests = [
-            request for request in self._lanes.decoding() if not (request.is_surely_finished or _must_wait(request, has_masked))
-        ]
+        requests = [request for request in self._lanes.decoding() if not request.is_surely_finished]
+        holds_masked = self._holds_masked(requests)
+        requests = [request for request in requests if not _must_wait(request, holds_masked)]
         tree_size = self._choose_tree_size(requests)
         while not self._fits(growing := self._growing(requests, tree_size)):
             if tree_size > 1:
@@ -217,6 +218,19 @@ class Scheduler:
         if requests:
             self._tree_size = tree_size
         return self._decode_groups(requests, tree_size, step), block_appends
+
+    def _holds_masked(self, requests: list[Request]) -> bool:
+        """Whether decoding requests with a grammar sit this step out.
+
+        They wait for each other, so that their masks are made together; and for steps of the others, whose trees are smaller where
+        they take part. The fewer others there are, the less they wait.
+        """
+        num_masked = sum(request.params.grammar is not None for request in requests)
+        if num_masked == 0 or self._in_flight.has_masked:
+            return True
+        num_between = _FREE_STEPS * min(len(requests) - num_masked, num_masked) // num_masked
+        # With nothing in flight there is nothing to wait for.
+        return len(self._in_flight) > 0 and self._in_flight.num_steps_since_masked < num_between
 
     def _growing(self, requests: list[Request], tree_size: int) -> list[tuple[Request, int]]:
         """Requests whose blocks do not hold all slots that the step may write, with the number of those slots.
@@ -376,6 +390,6 @@ class Scheduler:
             self._queue.release(choices[0])
 
 
-def _must_wait(request: Request, has_masked: bool) -> bool:
-    """What a grammar allows next is known only when all tokens are. has_masked: lanes with a grammar are in flight."""
-    return request.params.grammar is not None and (has_masked or request.num_draws_in_flight > 0)
+def _must_wait(request: Request, holds_masked: bool) -> bool:
+    """What a grammar allows next is known only when all tokens are. holds_masked: nobody with a grammar takes part."""
+    return request.params.grammar is not None and (holds_masked or request.num_draws_in_flight > 0)

@@ -1,5 +1,7 @@
 """The scheduler's decisions, one at a time. Block size 4, 8 prefill tokens a step, 4 lanes unless a test says otherwise."""
 
+import itertools
+
 import pytest
 
 from medusa_core.errors import ContextLengthError, InvalidParameterError, PromptError, QueueFullError
@@ -250,6 +252,19 @@ def test_lanes_with_a_grammar_wait_for_their_results_and_others_do_not():
     groups = [[(group.lanes, group.has_grammar) for group in harness.step().decode_groups] for _ in range(4)]
     free, masked = ([1], False), ([0, 2], True)
     assert groups == [[], [free], [free, masked], [free]]
+    harness.run()
+    harness.assert_all_as_expected()
+
+
+@pytest.mark.parametrize(("num_free", "num_masked", "num_between"), [(2, 1, 6), (1, 1, 6), (1, 2, 3), (1, 3, 2), (0, 2, 1)])
+def test_lanes_with_a_grammar_leave_steps_to_as_many_others(num_free, num_masked, num_between):
+    """Where there are none, only their own results are waited for."""
+    harness = Harness(max_steps_in_flight=1, tree_size=4, num_blocks=64)
+    for number in range(num_free + num_masked):
+        harness.add([number, 2], max_tokens=60, **({"grammar": GRAMMAR} if number >= num_free else {}))
+    groups = [harness.step().decode_groups for _ in range(24)]
+    steps = [step for step, found in enumerate(groups) if any(group.has_grammar for group in found)]
+    assert {later - earlier - 1 for earlier, later in itertools.pairwise(steps)} == {num_between}
     harness.run()
     harness.assert_all_as_expected()
 
