@@ -35,11 +35,20 @@ install: .venv/.installed
 serve: install
 	$(BIN)/medusa-server --port $(PORT) $(SERVE_ARGS)
 
+# Tests that only compute run side by side, one for each core; those that start servers or measure come one after the other.
+COMPUTING := $(addprefix tests/,attention cache equivalence grammar kernels model runtime sampling scheduler speculation text \
+  training tree)
+
+define run-tests
+$(BIN)/python -m pytest -m "$(1)" -n auto --maxprocesses 8 $(COMPUTING)
+$(BIN)/python -m pytest -m "$(1)" $(addprefix --ignore=,$(COMPUTING))
+endef
+
 test: install
-	$(BIN)/python -m pytest -m "not long and not cuda"
+	$(call run-tests,not long and not cuda)
 
 test-all: test clients scale
-	$(BIN)/python -m pytest -m "long or cuda"
+	$(call run-tests,long or cuda)
 
 clients: $(CLIENTS)/python/.installed $(CLIENTS)/lm-eval/.installed $(CLIENTS)/node/.installed
 
