@@ -48,7 +48,8 @@ test: install
 	$(call run-tests,not long and not cuda)
 
 test-all: test clients scale
-	$(call run-tests,long or cuda)
+	$(call run-tests,long and not cuda)
+	$(BIN)/python -m pytest -m cuda
 
 clients: $(CLIENTS)/python/.installed $(CLIENTS)/lm-eval/.installed $(CLIENTS)/node/.installed
 

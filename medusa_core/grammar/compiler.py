@@ -86,7 +86,7 @@ def vocabulary(hf_tokenizer: Any, num_tokens: int, eos_token_ids: Sequence[int])
 
 @dataclass(slots=True)
 class _Compiled:
-    """idle: matchers that were lent and have come back. compile_s: seconds that making one takes."""
+    """Matchers before the first token. idle: those that were lent and have come back. compile_s: seconds that making one takes."""
 
     first: LLMatcher
     compile_s: float
@@ -124,7 +124,8 @@ class GrammarCompiler:
             return self._entry(grammar).first.deep_copy()
 
     def lend(self, grammar: Grammar, *, is_fresh: bool = False) -> LLMatcher:
-        """A matcher before the first token that waits for no other, unless making one is expensive.
+        """A matcher before the first token, to be copied and left there. Its copies share what they learn about the lexer, and wait
+        for no others unless making one is expensive.
 
         is_fresh: one that has learnt nothing yet. Raises what `compile` raises.
         """
@@ -137,10 +138,13 @@ class GrammarCompiler:
             return self._compile(grammar) if entry.compile_s < _MAX_COMPILE_S else entry.first.deep_copy()
 
     def take_back(self, grammar: Grammar, matcher: LLMatcher) -> None:
-        """Keep a matcher that was lent for the next lane with this grammar: it knows the lexer already."""
+        """Keep a matcher that was lent for the next lane with this grammar: it knows the lexer already.
+
+        To reset one that has moved would not do (see lanes._Job).
+        """
         with self._lock:
             entry = self._compiled.get((grammar.kind, grammar.text))
-            if entry is not None and len(entry.idle) < _MAX_IDLE and not matcher.is_error() and matcher.reset():
+            if entry is not None and len(entry.idle) < _MAX_IDLE:
                 entry.idle.append(matcher)
 
     def _entry(self, grammar: Grammar) -> _Compiled:

@@ -16,7 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher
@@ -35,15 +35,14 @@ logger = logging.getLogger(__name__)
 _DRAFT_BUDGET_S = 0.004
 # A first failure may be due to others who have used the same lexer. Whoever fails again decodes without drafts from then on: each
 # time costs up to 50 ms.
-_MAX_PROBE_FAILURES = 2
+_MAX_DRAFT_FAILURES = 2
 # As with these: a matcher that does not last is not made anew for every token.
 _MIN_TOKENS_PER_RENEWAL = 64
 # What a node takes at least, and the weight of a new measurement of it.
 _SHORTEST_S = 5e-6
 _SMOOTHING = 0.05
-# Chains that are followed at once: a tree of 8 nodes seldom has more. Each takes a matcher of every lane, which must be told of
-# whatever is emitted.
-_NUM_PROBES = 2
+# Chains that are followed at once: a tree of 8 nodes seldom has more.
+_NUM_CHAINS = 2
 _MAX_THREADS = 16
 
 
@@ -51,8 +50,9 @@ _MAX_THREADS = 16
 class _Lane:
     """A request's place in its grammar.
 
-    matcher: behind the tokens that were emitted. probes: others that follow the tree and come back, so that whatever happens to
-    them on a path nobody takes does not matter; made when they are needed. failure: why the lane cannot go on; "" = it can.
+    origin: what was lent, before the first token. matcher: a copy of it behind the tokens that were emitted, which is asked for
+    nothing else; drafts are followed by copies of this one. num_draft_failures: how often these could not go on. failure: why the
+    lane cannot go on; "" = it can.
     """
 
     uid: int
@@ -60,21 +60,15 @@ class _Lane:
     emitted: list[int]
     min_tokens: int
     end_ids: frozenset[int]
+    origin: LLMatcher
     matcher: LLMatcher
-    probes: list[LLMatcher] = field(default_factory=list)
-    num_probe_failures: int = 0
+    num_draft_failures: int = 0
     num_renewals: int = 0
     failure: str = ""
 
     @property
     def can_draft(self) -> bool:
-        return not self.failure and self.num_probe_failures < _MAX_PROBE_FAILURES
-
-    def probe(self, number: int) -> LLMatcher:
-        """One of those there are, or a new one."""
-        while len(self.probes) <= number:
-            self.probes.append(self.matcher.deep_copy())
-        return self.probes[number]
+        return not self.failure and self.num_draft_failures < _MAX_DRAFT_FAILURES
 
 
 class GrammarLanes:
@@ -107,8 +101,9 @@ class GrammarLanes:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
         for number in plan.leaves:
             lane = self._lanes.pop(number, None)
-            if lane is not None:
-                self._compiler.take_back(lane.grammar, lane.matcher)
+            # What has failed may have used up what the lexer may grow to.
+            if lane is not None and not lane.failure and lane.num_draft_failures == 0:
+                self._compiler.take_back(lane.grammar, lane.origin)
         for join in plan.joins:
             if join.params.grammar is not None:
                 self._lanes[join.lane] = self._join(join)
@@ -141,8 +136,8 @@ class GrammarLanes:
         ]
         chains = chains_of(parents)
         following = [tree for tree in trees if tree.lane.can_draft]
-        for first in range(0, len(chains), _NUM_PROBES):
-            following = self._follow(following, chains[first : first + _NUM_PROBES], parents, mask_KW, deadline_s)
+        for first in range(0, len(chains), _NUM_CHAINS):
+            following = self._follow(following, chains[first : first + _NUM_CHAINS], parents, mask_KW, deadline_s)
         for tree in trees:
             if tree.rows[0] < 0:
                 tree.rows[0] = tree.first_row
@@ -165,38 +160,47 @@ class GrammarLanes:
             lane.emitted += result.token_ids
             # a matcher that fails says so when it is asked for a mask
             lane.matcher.consume_tokens(result.token_ids)
-            if not all(probe.consume_tokens(result.token_ids) for probe in lane.probes):
-                lane.probes.clear()
         return result
 
     def _join(self, join: LaneJoin) -> _Lane:
         params = join.params
         assert params.grammar is not None
+        origin = self._compiler.lend(params.grammar)
         lane = _Lane(
             uid=join.uid,
             grammar=params.grammar,
             emitted=join.token_ids[join.num_prompt_tokens :],
             min_tokens=params.min_tokens,
             end_ids=frozenset((*self._eos_token_ids, *params.stop_token_ids)),
-            matcher=self._compiler.lend(params.grammar),
+            origin=origin,
+            matcher=origin.deep_copy(),
         )
         lane.matcher.consume_tokens(lane.emitted)
         return lane
 
     def _fill_root(self, lane: _Lane, mask_W: np.ndarray) -> None:
-        failure = lane.failure or _fill(lane.matcher, mask_W)
+        failure = lane.failure or self._fill(lane, mask_W)
         if failure and not lane.failure and lane.num_renewals <= 1 + len(lane.emitted) // _MIN_TOKENS_PER_RENEWAL:
             # Perhaps tokens long past, or others before or beside this one, have used up what the lexer may grow to.
             lane.num_renewals += 1
-            lane.matcher = self._compiler.lend(lane.grammar, is_fresh=True)
-            lane.probes.clear()
+            lane.origin = self._compiler.lend(lane.grammar, is_fresh=True)
+            lane.matcher = lane.origin.deep_copy()
             lane.matcher.consume_tokens(lane.emitted)
-            failure = _fill(lane.matcher, mask_W)
+            failure = self._fill(lane, mask_W)
         lane.failure = failure
         if failure:
             # whatever is drawn is not told to anyone
             self._failures[lane.uid] = failure
             mask_W.fill(-1)
+
+    def _fill(self, lane: _Lane, mask_W: np.ndarray) -> str:
+        """Set the mask of the next token. Returns why there is none, "" where there is."""
+        matcher = lane.matcher.deep_copy()
+        mask_W[:] = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+        mask_W[self.num_words :] = 0
+        if matcher.is_error():
+            return matcher.get_error()
+        return "" if mask_W.any() else "no token can come next"
 
     def _follow(
         self, trees: list[_Tree], chains: Sequence[Chain], parents: Sequence[int], mask_KW: np.ndarray, deadline_s: float
@@ -210,13 +214,13 @@ class GrammarLanes:
         # What hangs on another of these chains is followed before it is known whether it can be reached.
         in_chains = {node for chain in chains for node in chain.nodes}
         jobs: list[_Job] = []
-        for number, chain in enumerate(chains):
+        for chain in chains:
             head = chain.nodes[0]
             for tree in trees:
                 if head == 0 or parents[head] in in_chains or tree.is_open(head, parents, mask_KW):
                     drafts = tree.drafts(chain.path[:most])
                     if len(drafts) >= chain.first_depth:
-                        jobs.append(_Job(tree, chain, tree.lane.probe(number), drafts))
+                        jobs.append(_Job(tree, chain, tree.lane.matcher.deep_copy(), drafts))
         if not jobs:
             return trees
         self._run(jobs, mask_KW)
@@ -224,23 +228,23 @@ class GrammarLanes:
         self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
         failed = set()
         for job in jobs:
-            lane = job.tree.lane
-            if job.probe.is_error() or not job.tree.accept(job.chain, len(job.drafts), parents, mask_KW):
-                failed.add(lane.uid)
-                lane.probes.clear()
+            if job.matcher.is_error() or not job.tree.accept(job.chain, len(job.drafts), parents, mask_KW):
+                failed.add(job.tree.lane.uid)
         for tree in trees:
-            tree.lane.num_probe_failures += tree.lane.uid in failed
+            tree.lane.num_draft_failures += tree.lane.uid in failed
         return [tree for tree in trees if tree.lane.uid not in failed]
 
     def _run(self, jobs: Sequence[_Job], mask_KW: np.ndarray) -> None:
         self._executor = self._executor or LLExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
-        rooted = [(job.probe, job.row) for job in jobs if not job.drafts]
-        drafted = [(job.probe, job.row, job.drafts) for job in jobs if job.drafts]
+        rooted = [(job.matcher, job.row) for job in jobs if not job.drafts]
+        drafted = [(job.matcher, job.row, job.drafts) for job in jobs if job.drafts]
         # Neither takes an empty list.
         if rooted:
             fill_next_token_bitmask_par(self._executor, rooted, mask_KW)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, mask_KW)
+        # The tokenizer may know more tokens than the logits have.
+        mask_KW[:, self.num_words :] = 0
 
 
 @dataclass(slots=True)
@@ -299,24 +303,18 @@ class _Tree:
 
 @dataclass(frozen=True, slots=True)
 class _Job:
-    """Follow a chain with a matcher. drafts: tokens along its path, as far as it is to go."""
+    """Follow a chain with a matcher. drafts: tokens along its path, as far as it is to go.
+
+    matcher: a copy for this alone. One that has come back from a path is not what it was (llguidance 1.9): behind tokens that begin
+    like those it was taken back from, it may allow what they allowed.
+    """
 
     tree: _Tree
     chain: Chain
-    probe: LLMatcher
+    matcher: LLMatcher
     drafts: list[int]
 
     @property
     def row(self) -> int:
         """Of the mask at the root; those behind the drafts follow."""
         return self.tree.first_row + self.chain.first_row
-
-
-def _fill(matcher: LLMatcher, mask_W: np.ndarray) -> str:
-    """Set the mask of the next token. Returns why there is none, "" where there is."""
-    bits = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
-    # The tokenizer may know more tokens than the logits have.
-    mask_W[:] = bits[: len(mask_W)]
-    if matcher.is_error():
-        return matcher.get_error()
-    return "" if mask_W.any() else "no token can come next"

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 from llguidance import LLMatcher
 
+from medusa_core.grammar.compiler import GrammarCompiler, vocabulary
 from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.grammar.trees import TreeMasks, num_mask_rows
 from medusa_core.outputs import FinishReason
 from medusa_core.params import Grammar, SamplingParams
 from medusa_core.plan import LaneJoin, LaneResult, StepPlan
-from tests.grammars import EOS_ID, VOCAB_SIZE, tiny_compiler, tiny_tokenizer
+from tests.grammars import EOS_ID, PIECES, VOCAB_SIZE, tiny_compiler, tiny_tokenizer
 
 GRAMMARS = [
     Grammar(kind="regex", text=r"(cat|dog)?[a-c]{2,6}(12)*"),
@@ -137,6 +138,61 @@ def test_masks_are_written_where_they_are_wanted():
     assert not mask_KW[num_rows].any()
 
 
+STRING_OR_OBJECT = {"anyOf": [{"type": "string"}, {"type": "object"}]}
+
+
+@pytest.mark.parametrize(
+    ("schema", "emitted"),
+    [
+        ({"type": "object"}, '{"a":'),
+        ({"type": "object", "properties": {"a": STRING_OR_OBJECT}}, '{"a":'),
+        ({"type": "array", "items": STRING_OR_OBJECT}, "["),
+    ],
+)
+def test_a_path_that_was_not_taken_leaves_nothing_behind(schema, emitted):
+    """llguidance's own way back from the draft, a string, would leave its quote behind, and take the key of the object for it."""
+    grammar = Grammar(kind="json_schema", text=json.dumps(schema))
+    before = [PIECES.index(letter) for letter in emitted]
+    lanes = make_lanes(join(0, grammar, before))
+    string, obj = PIECES.index('Ġ"'), PIECES.index('{"')
+    assert masks_of(lanes.fill([0], np.array([[0, string]]), [-1, 0], budget_s=1e9)).any(axis=2).all()
+    lanes.take(LaneResult(lane=0, uid=100, token_ids=[obj]))
+    mask_W = masks_of(lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1]))[0, 0]
+    matcher = matcher_behind(grammar, [*before, obj])
+    assert matcher is not None
+    assert (mask_W == np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)).all()
+    assert PIECES.index('":') in allowed(mask_W)
+
+
+def test_a_request_leaves_nothing_behind_for_the_next_one_with_its_grammar():
+    text = 'start: WS? (STR | "{" KEY ":" STR "}")\nWS: " "\nSTR: /"[a-z]*"/\nKEY: /"[a-z]*"/'
+    grammar = Grammar(kind="cfg", text=text)
+    lanes = make_lanes(join(0, grammar, []))
+    one_node = np.zeros((1, 1), dtype=np.int64)
+    for piece in ('Ġ"', "a"):
+        lanes.fill([0], one_node, [-1])
+        lanes.take(LaneResult(lane=0, uid=100, token_ids=[PIECES.index(piece)]))
+    lanes.fill([0], one_node, [-1])
+    lanes.apply(StepPlan(step_id=1, leaves=[0], joins=[join(1, grammar, [PIECES.index('{"')])]))
+    mask_W = masks_of(lanes.fill([1], one_node, [-1]))[0, 0]
+    matcher = matcher_behind(grammar, [PIECES.index('{"')])
+    assert matcher is not None
+    assert (mask_W == np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)).all()
+
+
+def test_tokens_beyond_the_logits_are_no_way_to_go_on():
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<x0>", "<x1>"]})
+    num_tokens = 64
+    compiler = GrammarCompiler(lambda: vocabulary(tokenizer, num_tokens, [EOS_ID]))
+    lanes = GrammarLanes(compiler, num_tokens=num_tokens, eos_token_ids=[EOS_ID])
+    grammar = Grammar(kind="cfg", text='start: "a" <x1> "b"')
+    lanes.apply(StepPlan(step_id=0, joins=[join(0, grammar, tokenizer.encode("a"))]))
+    assert lanes.num_mask_words > num_tokens // 32
+    lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1])
+    assert lanes.take(LaneResult(lane=0, uid=100, token_ids=[7])).finish_reason is FinishReason.GRAMMAR
+
+
 def test_a_request_that_comes_back_goes_on_where_it_was():
     emitted = tiny_tokenizer().encode("dogab")
     stepwise = make_lanes(join(0, GRAMMARS[0], []))
@@ -209,6 +265,20 @@ def test_a_grammar_that_gets_too_large_on_the_way_ends_its_own_request():
         masks_BNW = masks_of(lanes.fill([0, 1], tree, [-1, 0, 0], budget_s=1e9))
         assert d in allowed(masks_BNW[1, 0])
     assert (results[-1].token_ids, results[-1].finish_reason) == ([], FinishReason.GRAMMAR)
+
+
+@pytest.mark.parametrize(("grammar", "is_lent_again"), [(GRAMMARS[2], True), (TOO_LARGE, False)])
+def test_what_a_failed_lane_was_lent_is_lent_to_nobody_else(grammar, is_lent_again):
+    compiler = tiny_compiler()
+    lent = []
+    lend = compiler.lend
+    compiler.lend = lambda *args, **options: lent.append(lend(*args, **options)) or lent[-1]
+    lanes = GrammarLanes(compiler, num_tokens=VOCAB_SIZE, eos_token_ids=[EOS_ID])
+    lanes.apply(StepPlan(step_id=0, joins=[join(0, grammar, [])]))
+    brace, quote = (tiny_tokenizer().encode(letter)[0] for letter in '{"')
+    lanes.fill([0], np.array([[0, brace, quote]]), [-1, 0, 1], budget_s=1e9)
+    lanes.apply(StepPlan(step_id=1, leaves=[0]))
+    assert (lend(grammar) in lent) == is_lent_again
 
 
 @pytest.mark.parametrize("end", [{"token_ids": [5]}, {"token_ids": [EOS_ID], "finish_reason": FinishReason.STOP}])
