@@ -196,7 +196,8 @@ class GrammarLanes:
     def _fill(self, lane: _Lane, mask_W: np.ndarray) -> str:
         """Set the mask of the next token. Returns why there is none, "" where there is."""
         matcher = lane.matcher.deep_copy()
-        mask_W[:] = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+        # may be a word longer where it fails
+        mask_W[:] = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)[: len(mask_W)]
         mask_W[self.num_words :] = 0
         if matcher.is_error():
             return matcher.get_error()
