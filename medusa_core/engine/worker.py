@@ -51,7 +51,7 @@ _LINGER_MS = 1_000
 # New objects alive before the garbage collector looks at them.
 _GC_THRESHOLD = 50_000
 # How long the thread that makes masks waits for the interpreter while a step is planned, which takes up to a millisecond.
-_SWITCH_INTERVAL_S = 1e-4
+SWITCH_INTERVAL_S = 1e-4
 
 
 class RouterTransport:
@@ -148,7 +148,7 @@ def _serve(spec: WorkerSpec, outcome_pipe: BinaryIO) -> int:
             return 1
         core.num_starts = spec.num_starts
         _tame_garbage_collector()
-        sys.setswitchinterval(_SWITCH_INTERVAL_S)
+        sys.setswitchinterval(SWITCH_INTERVAL_S)
         _report(outcome_pipe, Ready(core.info, core.stats()))
         return 0 if EngineLoop(core, transport).run() else 1
 

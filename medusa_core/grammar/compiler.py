@@ -144,7 +144,7 @@ class GrammarCompiler:
         """
         with self._lock:
             entry = self._compiled.get((grammar.kind, grammar.text))
-            if entry is not None and len(entry.idle) < _MAX_IDLE:
+            if entry is not None and len(entry.idle) < _MAX_IDLE and not matcher.is_error():
                 entry.idle.append(matcher)
 
     def _entry(self, grammar: Grammar) -> _Compiled:

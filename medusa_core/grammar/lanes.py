@@ -5,7 +5,7 @@ is then what it would be without the tree. Nodes that the grammar does not allow
 
 A mask takes from 10 microseconds to 250 and more, inside a string of limited length. So trees are cut into chains, and llguidance
 follows two chains of every lane at once, in threads of its own. Around that there is plain Python on purpose: the thread that
-launches steps needs the interpreter too, and every operation of numpy that lets it go waits for half a step to get it back.
+launches steps needs the interpreter too, and every operation of numpy that lets it go has to wait for it again.
 
 Shapes: B lanes of one step · N tree nodes (root included) · K rows of masks · W words of 32 tokens (see TreeMasks).
 """
@@ -131,19 +131,17 @@ class GrammarLanes:
         if mask_KW is None:
             mask_KW = np.zeros((len(lanes) * num_rows, self.num_mask_words), dtype=np.int32)
         trees = [
-            _Tree(self._lanes[lane], tokens, number * num_rows, [-1] * len(parents))
+            _Tree(self._lanes[lane], parents, tokens, mask_KW, number * num_rows, [-1] * len(parents))
             for number, (lane, tokens) in enumerate(zip(lanes, token_BN.tolist(), strict=True))
         ]
         chains = chains_of(parents)
         following = [tree for tree in trees if tree.lane.can_draft]
         for first in range(0, len(chains), _NUM_CHAINS):
-            following = self._follow(following, chains[first : first + _NUM_CHAINS], parents, mask_KW, deadline_s)
+            following = self._follow(following, chains[first : first + _NUM_CHAINS], mask_KW, deadline_s)
         for tree in trees:
             if tree.rows[0] < 0:
-                tree.rows[0] = tree.first_row
                 self._fill_root(tree.lane, mask_KW[tree.first_row])
-            if len(tree.lane.emitted) < tree.lane.min_tokens:
-                tree.hold_ends(parents, mask_KW)
+                tree.take(0, tree.first_row, depth=0)
         return TreeMasks(mask_KW, np.array([tree.rows for tree in trees]))
 
     def take(self, result: LaneResult) -> LaneResult:
@@ -203,9 +201,7 @@ class GrammarLanes:
             return matcher.get_error()
         return "" if mask_W.any() else "no token can come next"
 
-    def _follow(
-        self, trees: list[_Tree], chains: Sequence[Chain], parents: Sequence[int], mask_KW: np.ndarray, deadline_s: float
-    ) -> list[_Tree]:
+    def _follow(self, trees: list[_Tree], chains: Sequence[Chain], mask_KW: np.ndarray, deadline_s: float) -> list[_Tree]:
         """Masks of some chains' nodes, the root among them, as far as they can be reached and there is time.
 
         Returns the trees whose lanes can go on.
@@ -218,7 +214,7 @@ class GrammarLanes:
         for chain in chains:
             head = chain.nodes[0]
             for tree in trees:
-                if head == 0 or parents[head] in in_chains or tree.is_open(head, parents, mask_KW):
+                if tree.parents[head] in in_chains or tree.is_open(head):
                     drafts = tree.drafts(chain.path[:most])
                     if len(drafts) >= chain.first_depth:
                         jobs.append(_Job(tree, chain, tree.lane.matcher.deep_copy(), drafts))
@@ -229,7 +225,7 @@ class GrammarLanes:
         self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
         failed = set()
         for job in jobs:
-            if job.matcher.is_error() or not job.tree.accept(job.chain, len(job.drafts), parents, mask_KW):
+            if job.matcher.is_error() or not job.tree.accept(job.chain, len(job.drafts)):
                 failed.add(job.tree.lane.uid)
         for tree in trees:
             tree.lane.num_draft_failures += tree.lane.uid in failed
@@ -252,11 +248,13 @@ class GrammarLanes:
 class _Tree:
     """One lane's tree while its masks are filled.
 
-    first_row: of the rows for its masks. rows: of each node that has its mask; -1 for others.
+    first_row: of the rows for its masks, in mask_KW. rows: of each node that has its mask; -1 for others.
     """
 
     lane: _Lane
+    parents: Sequence[int]
     tokens: list[int]
+    mask_KW: np.ndarray
     first_row: int
     rows: list[int]
 
@@ -269,37 +267,36 @@ class _Tree:
             drafts.append(self.tokens[node])
         return drafts
 
-    def is_open(self, node: int, parents: Sequence[int], mask_KW: np.ndarray) -> bool:
-        """Whether the token may be drawn behind the parent's path, and something be drawn behind it."""
-        row, token_id = self.rows[parents[node]], self.tokens[node]
-        return row >= 0 and token_id not in self.lane.end_ids and bool(int(mask_KW[row, token_id >> 5]) >> (token_id & 31) & 1)
+    def is_open(self, node: int) -> bool:
+        """Whether the token may be drawn behind the parent's path, and something be drawn behind it. The root is."""
+        if node == 0:
+            return True
+        row, token_id = self.rows[self.parents[node]], self.tokens[node]
+        return row >= 0 and token_id not in self.lane.end_ids and bool(int(self.mask_KW[row, token_id >> 5]) >> (token_id & 31) & 1)
 
-    def accept(self, chain: Chain, num_drafts: int, parents: Sequence[int], mask_KW: np.ndarray) -> bool:
+    def accept(self, chain: Chain, num_drafts: int) -> bool:
         """Take a chain's masks over. False if there is none where there should be."""
-        row = -1
-        first_row = self.first_row + chain.first_row
+        deepest = -1
         for depth, node in enumerate(chain.nodes, start=chain.first_depth):
-            if depth > num_drafts or not (node == 0 or self.is_open(node, parents, mask_KW)):
+            if depth > num_drafts or not self.is_open(node):
                 break
-            row = self.rows[node] = first_row + depth
+            self.take(node, self.first_row + chain.first_row + depth, depth=depth)
+            deepest = node
         # Only behind the deepest node may there be no way to go on.
-        if row >= 0 and not mask_KW[row].tobytes().strip(b"\0"):
-            self.rows[node] = -1
+        if deepest >= 0 and not self.mask_KW[self.rows[deepest]].tobytes().strip(b"\0"):
+            self.rows[deepest] = -1
             return False
         return True
 
-    def hold_ends(self, parents: Sequence[int], mask_KW: np.ndarray) -> None:
-        """Before `min_tokens` only what goes on may be drawn, if there is anything."""
-        lane, depths = self.lane, [0]
-        for parent in parents[1:]:
-            depths.append(depths[parent] + 1)
-        for row, depth in zip(self.rows, depths, strict=True):
-            if row >= 0 and len(lane.emitted) + depth < lane.min_tokens:
-                held_W = mask_KW[row].copy().view(np.uint32)
-                for token_id in lane.end_ids:
-                    held_W[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
-                if held_W.any():
-                    mask_KW[row] = held_W.view(np.int32)
+    def take(self, node: int, row: int, *, depth: int) -> None:
+        """A node's mask is there. Before `min_tokens` only what goes on may be drawn, if there is anything."""
+        self.rows[node] = row
+        if len(self.lane.emitted) + depth < self.lane.min_tokens:
+            held_W = self.mask_KW[row].copy().view(np.uint32)
+            for token_id in self.lane.end_ids:
+                held_W[token_id >> 5] &= ~np.uint32(1 << (token_id & 31))
+            if held_W.any():
+                self.mask_KW[row] = held_W.view(np.int32)
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,7 +257,7 @@ class GraphRunner:
             bits_CW = np.full(self._chunk_bits_CW.shape, -1, dtype=np.int32)
             no_draft_B1 = np.zeros((len(places), 1), dtype=np.int64)
             masks = self._grammars.fill([drawing[place] for place in places], no_draft_B1, (-1,))
-            bits_CW[places] = masks.mask_KW[:, : bits_CW.shape[1]]
+            bits_CW[places] = masks.mask_KW[masks.row_BN[:, 0], : bits_CW.shape[1]]
             self._chunk_bits_CW.copy_(self._lanes.upload(bits_CW))
         elif self._has_chunk_masks:
             self._chunk_bits_CW.fill_(-1)

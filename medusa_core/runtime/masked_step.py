@@ -48,10 +48,10 @@ class WaitingRows:
     host_mask_row_R: Tensor
 
     @classmethod
-    def create(cls, parts: StepParts, num_rows: int, num_mask_rows: int, num_mask_words: int) -> WaitingRows:
+    def create(cls, parts: StepParts, num_rows: int, num_masks: int, num_mask_words: int) -> WaitingRows:
         hidden_PE = parts.lanes.hidden_PE
         token_R, index_R, mask_row_R = torch.zeros(3, num_rows, dtype=torch.int64, device=hidden_PE.device)
-        mask_KW = torch.zeros(num_mask_rows, num_mask_words, dtype=torch.int32, device=hidden_PE.device)
+        mask_KW = torch.zeros(num_masks, num_mask_words, dtype=torch.int32, device=hidden_PE.device)
         is_cuda = hidden_PE.is_cuda
         return cls(
             token_R=token_R,

@@ -31,7 +31,7 @@ from medusa_core.scheduler.step_counts import StepCounts
 from medusa_core.tree.topology import TreeTopology
 
 _ROOT_ONLY = TreeTopology(())
-# Steps of lanes without a grammar between two with one, which cost the others about half a step on an H200: without a pause they
+# Steps of lanes without a grammar between two with one, which cost the others some half of a step on an H200: without a pause they
 # lost 8 to 13 %, with this one 2 to 6 % (docs/performance.md).
 _FREE_STEPS = 6
 
@@ -202,8 +202,10 @@ class Scheduler:
     def _plan_decode(self, step: InFlightStep) -> tuple[list[DecodeGroup], list[BlockAppend]]:
         """Reserve slots for one step of every decoding lane. Blocks short: first the tree shrinks, then the worst is preempted."""
         requests = [request for request in self._lanes.decoding() if not request.is_surely_finished]
-        holds_masked = self._holds_masked(requests)
-        requests = [request for request in requests if not _must_wait(request, holds_masked)]
+        num_masked = sum(request.params.grammar is not None for request in requests)
+        if num_masked > 0:
+            holds_masked = self._holds_masked(num_masked, len(requests) - num_masked)
+            requests = [request for request in requests if not _must_wait(request, holds_masked)]
         tree_size = self._choose_tree_size(requests)
         while not self._fits(growing := self._growing(requests, tree_size)):
             if tree_size > 1:
@@ -219,16 +221,15 @@ class Scheduler:
             self._tree_size = tree_size
         return self._decode_groups(requests, tree_size, step), block_appends
 
-    def _holds_masked(self, requests: list[Request]) -> bool:
+    def _holds_masked(self, num_masked: int, num_free: int) -> bool:
         """Whether decoding requests with a grammar sit this step out.
 
-        They wait for each other, so that their masks are made together; and for steps of the others, whose trees are smaller where
-        they take part. The fewer others there are, the less they wait.
+        They wait for each other, so that their masks are made together; and for steps of the others, which are slower where they
+        take part. The fewer others there are, the less they wait.
         """
-        num_masked = sum(request.params.grammar is not None for request in requests)
-        if num_masked == 0 or self._in_flight.has_masked:
+        if self._in_flight.has_masked:
             return True
-        num_between = _FREE_STEPS * min(len(requests) - num_masked, num_masked) // num_masked
+        num_between = _FREE_STEPS * min(num_free, num_masked) // num_masked
         # With nothing in flight there is nothing to wait for.
         return len(self._in_flight) > 0 and self._in_flight.num_steps_since_masked < num_between
 

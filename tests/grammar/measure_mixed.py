@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import sys
 import time
 from collections import defaultdict
 from dataclasses import dataclass, replace
@@ -20,6 +21,7 @@ from medusa_core.bench.offline import drain, make_request
 from medusa_core.bench.prompts import read_questions, render_questions
 from medusa_core.config import EngineConfig, ModelConfig, SchedulerConfig
 from medusa_core.engine.build import build_engine
+from medusa_core.engine.worker import SWITCH_INTERVAL_S
 from medusa_core.params import Grammar, SamplingParams
 from medusa_core.text.processor import TextProcessor
 
@@ -142,6 +144,8 @@ def main():
     parser.add_argument("--warm-up", type=float, default=1.0, help="Seconds.")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
+    # as in a server
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     scheduler = SchedulerConfig(max_num_seqs=max(options.free) + options.structured)
     core = build_engine(EngineConfig(model=ModelConfig(model=options.model, heads=options.heads), scheduler=scheduler))
     text = TextProcessor.load(core.info.tokenizer_path)

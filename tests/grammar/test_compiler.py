@@ -133,13 +133,23 @@ def test_matchers_are_the_callers_own(compiler):
     assert first.is_accepting()
 
 
-def test_a_matcher_that_comes_back_is_lent_again(compiler):
+def test_a_matcher_that_comes_back_starts_again_with_the_next_lane(compiler):
     grammar = Grammar(kind="regex", text="[ab]{3}")
     first, second = compiler.lend(grammar), compiler.lend(grammar)
     assert first is not second
+    assert first.deep_copy().consume_tokens(byte_tokenizer().encode("aba"))
+    assert second.validate_tokens(byte_tokenizer().encode("bbb")) == 3
     compiler.take_back(grammar, first)
     assert compiler.lend(grammar) is first
-    assert compiler.lend(grammar) not in (first, second)
+    assert first.validate_tokens(byte_tokenizer().encode("bbb")) == 3
+
+
+def test_a_matcher_that_has_failed_is_not_lent_again(compiler):
+    grammar = Grammar(kind="regex", text="[ab]{4}")
+    failed = compiler.lend(grammar)
+    assert not failed.consume_tokens(byte_tokenizer().encode("xx"))
+    compiler.take_back(grammar, failed)
+    assert compiler.lend(grammar) is not failed
 
 
 def test_the_vocabulary_is_read_for_the_first_grammar_only():

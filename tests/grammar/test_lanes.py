@@ -117,8 +117,11 @@ def test_without_time_only_roots_have_masks():
     lanes = make_lanes(join(0, GRAMMARS[0], []), join(1, GRAMMARS[0], encode("cat")))
     a, x, c = (encode(letter)[0] for letter in "axc")
     tokens_BN = np.array([[0, a, x, c, EOS_ID]] * 2)
-    masks_BNW = masks_of(lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=-1.0))
+    masks = lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=-1.0)
+    masks_BNW = masks_of(masks)
     assert masks_BNW.any(axis=2).tolist() == [[True, False, False, False, False]] * 2
+    # what has no mask must not be descended to
+    assert (masks.row_BN >= 0).tolist() == [[True, False, False, False, False]] * 2
     full_BNW = masks_of(lanes.fill([0, 1], tokens_BN, [-1, 0, 0, 1, 0], budget_s=1e9))
     assert (full_BNW[:, 0] == masks_BNW[:, 0]).all()
     assert full_BNW.any(axis=2).tolist() == [[True, True, False, True, False]] * 2
