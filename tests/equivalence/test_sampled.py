@@ -84,7 +84,8 @@ def test_the_first_of_n_equals_n_of_one_and_the_others_differ(plain):
 
 
 def test_requests_without_a_seed_differ():
-    params = SamplingParams(temperature=1.5, max_tokens=12, n=4)
+    # Two that end at once would be equal, which happens once in some 300 times.
+    params = SamplingParams(temperature=1.5, max_tokens=12, n=4, ignore_eos=True)
     outputs = run(make_engine(tiny_model(ARCHITECTURE), None, tree_size=1), [(prompts()[0], params)] * 2)
     assert len({tuple(output.token_ids) for output in outputs.values()}) == 8
 
