@@ -61,8 +61,8 @@ _STRING_SLICES = [r'[^"\\\x00-\x1F\x7F]' + lengths for lengths in ("{1,3}", "{1,
 _SLICES = [r"[\x20\x0A\x0D\x09]+", *_STRING_SLICES]
 
 # Where only one text can come next, llguidance would take the tokens that the tokenizer makes of it: special ones, if it is spelt
-# like them.
-_NO_FORCING = '%llguidance {"no_forcing": true}\n'
+# like them. The last such line counts.
+_NO_FORCING = '\n%llguidance {"no_forcing": true}\n'
 
 
 def check_grammar(grammar: Grammar) -> None:
@@ -163,8 +163,10 @@ class GrammarCompiler:
         matcher = LLMatcher(tokens, source, log_level=0, limits=_LIMITS)
         _refuse_if(matcher.get_error(), grammar)
         # Lexers are built as they are used, so that only the first mask shows what is too much from the start.
-        mask_W = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
-        _refuse_if(matcher.get_error() or ("" if mask_W.any() else "no text matches it"), grammar)
+        # A copy is asked, as each copy of what was asked would come with the mask.
+        asked = matcher.deep_copy()
+        mask_W = np.frombuffer(asked.compute_bitmask(), dtype=np.int32)
+        _refuse_if(asked.get_error() or ("" if mask_W.any() else "no text matches it"), grammar)
         return matcher
 
     def _tokens(self, grammar: Grammar) -> LLTokenizer:
@@ -200,7 +202,7 @@ def _source(grammar: Grammar) -> str:
             case "cfg":
                 # Blank lines mean nothing, and telling the notations apart takes the square of how many follow each other.
                 source = grammar_from("grammar", "\n".join(line for line in text.split("\n") if line.strip()))
-        return source if "%llguidance" in source else _NO_FORCING + source
+        return source + _NO_FORCING
     except (ValueError, RecursionError) as error:
         raise _invalid(str(error), grammar) from error
 

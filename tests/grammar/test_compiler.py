@@ -12,7 +12,7 @@ from medusa_core.grammar.compiler import MAX_GRAMMAR_CHARS, GrammarCompiler, che
 from medusa_core.params import Grammar
 from tests.engine.tiny_model import EOS_ID, VOCAB_SIZE
 from tests.engine.tiny_model import _tokenizer as byte_tokenizer
-from tests.grammars import no_compiler
+from tests.grammars import PIECES, no_compiler, tiny_compiler
 
 OBJECT = {"type": "object", "properties": {"a": {"type": "integer"}, "b": {"type": "string"}}, "required": ["a", "b"]}
 LOOP = {"$ref": "#/$defs/x", "$defs": {"x": {"$ref": "#/$defs/x"}}}
@@ -123,6 +123,14 @@ def test_what_cannot_be_used_is_refused_with_its_field(compiler, grammar):
 def test_what_no_text_matches_is_refused_when_the_vocabulary_is_there(compiler, grammar):
     with pytest.raises(InvalidParameterError, match="no text matches it"):
         compiler.compile(grammar)
+
+
+@pytest.mark.parametrize("options", ["", '%llguidance {"allow_invalid_utf8": true}', '%llguidance {"no_forcing": false}'])
+def test_no_way_to_write_the_only_text_is_forced(options):
+    matcher = tiny_compiler().compile(Grammar(kind="cfg", text=f'{options}\nstart: "abc" /c?/'))
+    mask_W = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)
+    allowed = {PIECES[token_id] for token_id in range(len(PIECES)) if mask_W[token_id >> 5] >> (token_id & 31) & 1}
+    assert allowed == {"a", "ab", "abc"}
 
 
 def test_matchers_are_the_callers_own(compiler):
