@@ -43,7 +43,8 @@ _SHORTEST_S = 5e-6
 _SMOOTHING = 0.05
 # Chains that are followed at once: a tree of 8 nodes seldom has more.
 _NUM_CHAINS = 2
-_MAX_THREADS = 16
+# More have made no difference to 8 lanes, on 16 cores.
+_MAX_THREADS = 8
 
 
 @dataclass(slots=True)
@@ -123,7 +124,7 @@ class GrammarLanes:
             token_BN: token of each node; the root's does not matter, as it has been emitted.
             parents: of each node, before it in order; the root's is -1.
             budget_s: most time to spend before nodes below the roots are left out.
-            mask_KW: where to write masks, else to new memory: zeros, `num_mask_rows` for each lane, `num_mask_words` wide.
+            mask_KW: where to write masks, else to new memory: `num_mask_rows` for each lane, `num_mask_words` wide.
         """
         deadline_s = time.perf_counter() + budget_s
         parents = tuple(parents)
@@ -225,11 +226,20 @@ class GrammarLanes:
         self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
         failed = set()
         for job in jobs:
-            if job.matcher.is_error() or not job.tree.accept(job.chain, len(job.drafts)):
+            if job.matcher.is_error() or self._is_stuck(job):
                 failed.add(job.tree.lane.uid)
         for tree in trees:
             tree.lane.num_draft_failures += tree.lane.uid in failed
         return [tree for tree in trees if tree.lane.uid not in failed]
+
+    def _is_stuck(self, job: _Job) -> bool:
+        """Take the chain's masks over. Whether there is no way to go on from its last node: llguidance knows, but for tokens that
+        the logits do not have."""
+        tree, node = job.tree, job.tree.accept(job.chain, len(job.drafts))
+        if self.num_words == self.num_mask_words or node < 0 or tree.mask_KW[tree.rows[node]].any():
+            return False
+        tree.rows[node] = -1
+        return True
 
     def _run(self, jobs: Sequence[_Job], mask_KW: np.ndarray) -> None:
         self._executor = self._executor or LLExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
@@ -274,19 +284,15 @@ class _Tree:
         row, token_id = self.rows[self.parents[node]], self.tokens[node]
         return row >= 0 and token_id not in self.lane.end_ids and bool(int(self.mask_KW[row, token_id >> 5]) >> (token_id & 31) & 1)
 
-    def accept(self, chain: Chain, num_drafts: int) -> bool:
-        """Take a chain's masks over. False if there is none where there should be."""
+    def accept(self, chain: Chain, num_drafts: int) -> int:
+        """Take a chain's masks over. Returns the deepest node that has its own now, -1 if there is none."""
         deepest = -1
         for depth, node in enumerate(chain.nodes, start=chain.first_depth):
             if depth > num_drafts or not self.is_open(node):
                 break
             self.take(node, self.first_row + chain.first_row + depth, depth=depth)
             deepest = node
-        # Only behind the deepest node may there be no way to go on.
-        if deepest >= 0 and not self.mask_KW[self.rows[deepest]].tobytes().strip(b"\0"):
-            self.rows[deepest] = -1
-            return False
-        return True
+        return deepest
 
     def take(self, node: int, row: int, *, depth: int) -> None:
         """A node's mask is there. Before `min_tokens` only what goes on may be drawn, if there is anything."""
@@ -299,12 +305,12 @@ class _Tree:
                 self.mask_KW[row] = held_W.view(np.int32)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Job:
     """Follow a chain with a matcher. drafts: tokens along its path, as far as it is to go.
 
-    matcher: a copy for this alone. One that has come back from a path is not what it was (llguidance 1.9): behind tokens that begin
-    like those it was taken back from, it may allow what they allowed.
+    matcher: a copy for this alone. llguidance 1.9 knows its last mask by the depth in the grammar and the lexer's state, and does
+    not forget it on the way back from a path: it would take it for the mask behind other tokens that are as deep.
     """
 
     tree: _Tree

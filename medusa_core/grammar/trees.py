@@ -28,17 +28,14 @@ class TreeMasks:
 class Chain:
     """nodes: each the child of the one before. path: what leads from the root to the last of them, root excluded.
 
-    first_row: among its lane's, of the mask at the root. Those along the path follow: the nodes' own come last.
+    first_depth: of the nodes, the root's being 0. first_row: among its lane's, of the mask at the root. Those along the path
+    follow: the nodes' own come last.
     """
 
     nodes: tuple[int, ...]
     path: tuple[int, ...]
+    first_depth: int
     first_row: int
-
-    @property
-    def first_depth(self) -> int:
-        """Depth of the first node, the root's being 0."""
-        return len(self.path) - len(self.nodes) + 1
 
 
 @lru_cache(maxsize=64)
@@ -59,7 +56,7 @@ def chains_of(parents: tuple[int, ...]) -> list[Chain]:
         while children[nodes[-1]]:
             nodes.append(children[nodes[-1]][0])
         path = (*above, *nodes) if node > 0 else tuple(nodes[1:])
-        chains.append(Chain(tuple(nodes), path, first_row))
+        chains.append(Chain(tuple(nodes), path, len(path) - len(nodes) + 1, first_row))
         first_row += len(path) + 1
         for depth, at in enumerate(nodes):
             to = (*above, *nodes[: depth + 1]) if node > 0 else tuple(nodes[1 : depth + 1])

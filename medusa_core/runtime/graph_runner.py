@@ -192,7 +192,7 @@ class GraphRunner:
     @property
     def _has_masks(self) -> bool:
         """Whether lanes have waited for masks that are there by now."""
-        return self._waiting is not None and self._waiting.masks.done()
+        return self._waiting is not None and self._masked.has_masks(self._waiting)
 
     def _waits_for(self, lanes: Sequence[int]) -> bool:
         return self._waiting is not None and not set(lanes).isdisjoint(self._waiting.group.lanes)

@@ -4,6 +4,9 @@ What a grammar allows at a node depends on the drafts above it, which the host m
 is at the second part, and at steps of other lanes launched behind it; the third is launched when they are there. Lanes without a
 grammar share the first two parts, as further rows of a forward pass cost next to nothing, and are done behind the second.
 
+Whenever that thread comes back from something that it waited for, it takes the interpreter from the one that launches steps. So it
+waits for nothing but llguidance: the other one looks whether the drafts have come, at the next step.
+
 Shapes: B lanes of the step · G lanes with a grammar · N nodes · T packed rows · R most rows of a step · K rows of masks ·
 W words of 32 tokens · E hidden.
 """
@@ -24,7 +27,7 @@ from torch import Tensor
 from medusa_core.grammar.lanes import GrammarLanes
 from medusa_core.grammar.trees import num_mask_rows
 from medusa_core.plan import DecodeGroup
-from medusa_core.runtime.capture import capture, record_event
+from medusa_core.runtime.capture import capture, has_passed, record_event
 from medusa_core.runtime.device_step import DecodeStep, StepParts, TreeRows
 from medusa_core.speculation.device_tree import DeviceTree
 
@@ -36,7 +39,7 @@ class WaitingRows:
     """What the rows of a forward pass leave for the draws: their hidden states, and tokens and indices of TreeRows.
 
     mask_KW, mask_row_R: the masks, and which of them each row that is drawn for has (grammar.trees.TreeMasks). host_*: what they
-    are copied from, page-locked on a GPU. To lock memory anew for every step takes up to 4 ms.
+    are copied from, or to in case of tokens, page-locked on a GPU. To lock memory anew for every step takes up to 4 ms.
     """
 
     token_R: Tensor
@@ -44,6 +47,7 @@ class WaitingRows:
     hidden_RE: Tensor
     mask_KW: Tensor
     mask_row_R: Tensor
+    host_token_R: Tensor
     host_mask_KW: Tensor
     host_mask_row_R: Tensor
 
@@ -59,6 +63,7 @@ class WaitingRows:
             hidden_RE=hidden_PE.new_zeros(num_rows, hidden_PE.shape[1]),
             mask_KW=mask_KW,
             mask_row_R=mask_row_R,
+            host_token_R=torch.zeros(token_R.shape, dtype=token_R.dtype, pin_memory=is_cuda),
             host_mask_KW=torch.zeros(mask_KW.shape, dtype=mask_KW.dtype, pin_memory=is_cuda),
             host_mask_row_R=torch.zeros(mask_row_R.shape, dtype=mask_row_R.dtype, pin_memory=is_cuda),
         )
@@ -139,14 +144,19 @@ class MaskedDraw(DecodeStep):
         self.finish(rows, waiting.hidden_RE[row_T], self.lane_B, waiting.mask_KW[mask_row_T.clamp(min=0)])
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class BegunStep:
-    """Lanes that wait for masks. masks: done when these are in WaitingRows. first_place: of the lanes, in the pass."""
+    """Lanes that wait for masks.
+
+    first_place: of the lanes, in the pass. is_drafted: passes when their drafts are on the host. masks: done when these are in
+    WaitingRows; None until the thread has been told of them.
+    """
 
     group: DecodeGroup
     shared: SharedPass
     first_place: int
-    masks: Future[None]
+    is_drafted: torch.cuda.Event | None
+    masks: Future[None] | None = None
 
 
 class MaskedSteps:
@@ -179,7 +189,6 @@ class MaskedSteps:
         self._inputs: dict[tuple[str, int], Tensor] = {}
         # What is in the inputs now: a list that stays is not sent again.
         self._loaded: dict[tuple[str, int], list[list[int]]] = {}
-        # Most of the time it waits, or llguidance's own threads work.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="masks")
         # stream and memory, once the runner captures
         self.capture_on: tuple[torch.cuda.Stream, Any] | None = None
@@ -198,31 +207,40 @@ class MaskedSteps:
         padding = [null] * (shared.lane_B.shape[0] - len(free) - len(group.lanes))
         self._load("pass", [[*free, *group.lanes, *padding], [*free, *[null] * len(group.lanes), *padding]])
         shared.start()
-        tokens_GN = torch.empty(len(group.lanes), group.num_nodes, dtype=torch.int64, pin_memory=shared.lane_B.is_cuda)
         waiting = self._rows()
-        first_row = len(free) * group.num_nodes
-        tokens_GN.copy_(waiting.token_R[first_row : first_row + tokens_GN.numel()].view_as(tokens_GN), non_blocking=True)
+        first_row, num_rows = len(free) * group.num_nodes, len(group.lanes) * group.num_nodes
+        waiting.host_token_R[:num_rows].copy_(waiting.token_R[first_row : first_row + num_rows], non_blocking=True)
         is_drafted = record_event(self._parts.lanes.device)
         shared.run_model()
-        return BegunStep(group, shared, len(free), self._thread.submit(self._make_masks, group, tokens_GN, is_drafted))
+        return BegunStep(group, shared, len(free), is_drafted)
 
-    def _make_masks(self, group: DecodeGroup, tokens_GN: Tensor, is_drafted: torch.cuda.Event | None) -> None:
+    def has_masks(self, begun: BegunStep) -> bool:
+        """Whether the masks are there. The thread begins with them when this finds the drafts on the host."""
+        if begun.masks is None and (begun.is_drafted is None or has_passed(begun.is_drafted)):
+            begun.masks = self._thread.submit(self._make_masks, begun.group)
+        return begun.masks is not None and begun.masks.done()
+
+    def _make_masks(self, group: DecodeGroup) -> None:
         waiting = self._rows()
         # smaller trees are the first nodes of larger ones
         parents = self._parents[: group.num_nodes]
         mask_KW = waiting.host_mask_KW.numpy()[: len(group.lanes) * num_mask_rows(parents)]
-        if self._is_copied is not None:
+        if self._is_copied is not None and not has_passed(self._is_copied):
             self._is_copied.synchronize()
-        mask_KW.fill(0)
-        if is_drafted is not None:
-            is_drafted.synchronize()
-        masks = self._grammars.fill(group.lanes, tokens_GN.numpy(), parents, mask_KW=mask_KW)
-        waiting.host_mask_row_R.numpy()[: masks.row_BN.size] = masks.row_BN.ravel()
+        num_rows = len(group.lanes) * group.num_nodes
+        token_GN = waiting.host_token_R.numpy()[:num_rows].reshape(len(group.lanes), group.num_nodes)
+        masks = self._grammars.fill(group.lanes, token_GN, parents, mask_KW=mask_KW)
+        waiting.host_mask_row_R.numpy()[:num_rows] = masks.row_BN.ravel()
 
     def end(self, begun: BegunStep) -> MaskedDraw:
         """Wait for the masks, and draw. The results are those of the returned step."""
         lanes, num_nodes = begun.group.lanes, begun.group.num_nodes
-        begun.masks.result()
+        if begun.masks is not None:
+            begun.masks.result()
+        else:
+            if begun.is_drafted is not None:
+                begun.is_drafted.synchronize()
+            self._make_masks(begun.group)
         draw, waiting = self._draw_of(len(lanes), num_nodes), self._rows()
         num_masks = len(lanes) * num_mask_rows(self._parents[:num_nodes])
         waiting.mask_KW[:num_masks].copy_(waiting.host_mask_KW[:num_masks], non_blocking=True)

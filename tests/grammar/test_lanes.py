@@ -153,7 +153,7 @@ STRING_OR_OBJECT = {"anyOf": [{"type": "string"}, {"type": "object"}]}
     ],
 )
 def test_a_path_that_was_not_taken_leaves_nothing_behind(schema, emitted):
-    """llguidance's own way back from the draft, a string, would leave its quote behind, and take the key of the object for it."""
+    """llguidance's own way back would keep the mask behind the draft, a string, and take it for that of the object's key."""
     grammar = Grammar(kind="json_schema", text=json.dumps(schema))
     before = [PIECES.index(letter) for letter in emitted]
     lanes = make_lanes(join(0, grammar, before))
