@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 
 from medusa_core.plan import PrefillChunk
@@ -45,13 +44,9 @@ class InFlightStep:
 
 
 class InFlightSteps:
-    """Launched steps by id. What they may still bring is counted in each request.
-
-    num_steps_since_masked: launched since one of decoding requests with a grammar.
-    """
+    """Launched steps by id. What they may still bring is counted in each request."""
 
     def __init__(self) -> None:
-        self.num_steps_since_masked: float = math.inf
         self._steps: dict[int, InFlightStep] = {}
         self._masked: dict[int, tuple[Request, int]] = {}
 
@@ -66,7 +61,6 @@ class InFlightSteps:
     def launch(self, step_id: int, step: InFlightStep) -> None:
         self._steps[step_id] = step
         self._masked |= step.masked
-        self.num_steps_since_masked = 0 if step.masked else self.num_steps_since_masked + 1
 
     def land_masked(self, uid: int) -> Request:
         """Take out a decoding request with a grammar. Raises KeyError for one not in flight."""

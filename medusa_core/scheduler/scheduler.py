@@ -11,6 +11,7 @@ upper end, and results of requests that were preempted, finished or aborted mean
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,9 +32,9 @@ from medusa_core.scheduler.step_counts import StepCounts
 from medusa_core.tree.topology import TreeTopology
 
 _ROOT_ONLY = TreeTopology(())
-# Steps of lanes without a grammar between two with one, which cost the others some half of a step on an H200: without a pause they
-# lost 8 to 13 %, with this one 2 to 6 % (docs/performance.md).
-_FREE_STEPS = 6
+# From one step of lanes with a grammar to the next, where there are as many others: each such step costs these some half of a
+# millisecond on an H200, whatever else a step takes.
+_PAUSE_S = 0.009
 
 
 class Scheduler:
@@ -72,6 +73,7 @@ class Scheduler:
         # Unfinished choices by request id, in choice order.
         self._open_choices: dict[str, list[Request]] = {}
         self._next_step_id = 0
+        self._masked_s = -math.inf  # of the latest step with a grammar
         self._tree_size = 1
         self._counts = StepCounts(controller.sizes, topology, controller.costs)
         self._num_preemptions = 0
@@ -166,6 +168,8 @@ class Scheduler:
         )
         if not plan.is_empty:
             self._in_flight.launch(plan.step_id, step)
+            if step.masked:
+                self._masked_s = self._clock()
             self._next_step_id += 1
             if plan.has_rows:
                 self._counts.launch(step.groups)
@@ -224,14 +228,14 @@ class Scheduler:
     def _holds_masked(self, num_masked: int, num_free: int) -> bool:
         """Whether decoding requests with a grammar sit this step out.
 
-        They wait for each other, so that their masks are made together; and for steps of the others, which are slower where they
-        take part. The fewer others there are, the less they wait.
+        They wait for each other, so that their masks are made together; and leave time to the others, whose steps are slower where
+        they take part. The fewer others there are, the less they wait.
         """
         if self._in_flight.has_masked:
             return True
-        num_between = _FREE_STEPS * min(num_free, num_masked) // num_masked
+        pause_s = _PAUSE_S * min(num_free / num_masked, 1.0)
         # With nothing in flight there is nothing to wait for.
-        return len(self._in_flight) > 0 and self._in_flight.num_steps_since_masked < num_between
+        return len(self._in_flight) > 0 and self._clock() - self._masked_s < pause_s
 
     def _growing(self, requests: list[Request], tree_size: int) -> list[tuple[Request, int]]:
         """Requests whose blocks do not hold all slots that the step may write, with the number of those slots.

@@ -30,12 +30,15 @@ class Harness:
         topology=None,
         seed=0,
         has_late_results=False,
+        step_s=1.0,
         **config,
     ):
         options = {"max_num_seqs": 4, "max_step_tokens": 8, "max_step_rows": 64} | config
         self.config = SchedulerConfig(**options)
         self.cache = CacheManager(num_blocks=num_blocks, block_size=block_size, enable_prefix_cache=enable_prefix_cache)
         self.controller = controller or FixedTreeSize(tree_size, max_step_rows=self.config.max_step_rows)
+        self.now_s = 5.0
+        self.step_s = step_s
         self.scheduler = Scheduler(
             self.config,
             self.cache,
@@ -43,7 +46,7 @@ class Harness:
             max_depth=max_depth,
             max_model_len=max_model_len,
             topology=topology or TreeTopology.chain(max_depth),
-            clock=lambda: 5.0,
+            clock=lambda: self.now_s,
         )
         self.runner = FakeRunner(num_blocks=num_blocks, block_size=block_size, max_depth=max_depth, seed=seed)
         self.max_model_len = max_model_len
@@ -74,6 +77,7 @@ class Harness:
         """Plan and launch a step, then read results until no more than allowed are in flight. Returns the plan."""
         num_preemptions = self.scheduler.stats().num_preemptions_total
         plan = self.scheduler.schedule()
+        self.now_s += self.step_s
         self._check(plan)
         if self.scheduler.stats().num_preemptions_total > num_preemptions:
             assert plan.joins == [], "admits in the step that ran out of blocks"

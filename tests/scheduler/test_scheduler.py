@@ -80,7 +80,7 @@ def test_a_lane_that_surely_finished_is_not_scheduled_again():
 
 
 def test_the_first_delta_tells_queue_time_and_cached_tokens():
-    harness = Harness()
+    harness = Harness(step_s=0.0)
     harness.add(range(9))
     harness.run()
     request_id = harness.add(range(9), arrival_s=2.0)
