@@ -106,10 +106,10 @@ class GrammarCompiler:
         self._lock = Lock()
 
     @property
-    def num_mask_words(self) -> int:
-        """Words of 32 tokens in a mask, once there is a matcher. The tokenizer may know more tokens than the logits have."""
+    def num_tokens(self) -> int:
+        """Width of a mask, once there is a matcher. The tokenizer may know more tokens than the logits have."""
         assert isinstance(self._vocabulary, LLTokenizer)
-        return -(-self._vocabulary.vocab_size // 32)
+        return int(self._vocabulary.vocab_size)
 
     def compile(self, grammar: Grammar) -> LLMatcher:
         """A matcher before the first token.

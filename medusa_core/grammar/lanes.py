@@ -45,6 +45,8 @@ _SMOOTHING = 0.05
 _NUM_CHAINS = 2
 # More have made no difference to 8 lanes, on 16 cores.
 _MAX_THREADS = 8
+# First word of a mask that is not there. If there ever is one that begins so, its node is left out.
+_NOT_WRITTEN = 0x5A5A5A5A
 
 
 @dataclass(slots=True)
@@ -88,6 +90,7 @@ class GrammarLanes:
         self._executor: LLExecutor | None = None
         # what a node of a chain takes, all lanes at once
         self._node_s = 0.0
+        self._num_tokens = num_tokens
         self.num_words = -(-num_tokens // 32)
 
     def __contains__(self, lane: int) -> bool:
@@ -96,7 +99,7 @@ class GrammarLanes:
     @property
     def num_mask_words(self) -> int:
         """Words of a mask, at least those of the logits. Known once there is a lane."""
-        return self._compiler.num_mask_words
+        return -(-self._compiler.num_tokens // 32)
 
     def apply(self, plan: StepPlan) -> None:
         """Take the plan's leaves and joins. A request that goes on has emitted tokens before."""
@@ -130,7 +133,8 @@ class GrammarLanes:
         parents = tuple(parents)
         num_rows = num_mask_rows(parents)
         if mask_KW is None:
-            mask_KW = np.zeros((len(lanes) * num_rows, self.num_mask_words), dtype=np.int32)
+            mask_KW = np.empty((len(lanes) * num_rows, self.num_mask_words), dtype=np.int32)
+        mask_KW[: len(lanes) * num_rows, 0] = _NOT_WRITTEN
         trees = [
             _Tree(self._lanes[lane], parents, tokens, mask_KW, number * num_rows, [-1] * len(parents))
             for number, (lane, tokens) in enumerate(zip(lanes, token_BN.tolist(), strict=True))
@@ -197,7 +201,7 @@ class GrammarLanes:
         matcher = lane.matcher.deep_copy()
         # may be a word longer where it fails
         mask_W[:] = np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)[: len(mask_W)]
-        mask_W[self.num_words :] = 0
+        self._cut(mask_W[None])
         if matcher.is_error():
             return matcher.get_error()
         return "" if mask_W.any() else "no token can come next"
@@ -226,20 +230,11 @@ class GrammarLanes:
         self._node_s += _SMOOTHING * ((time.perf_counter() - began_s) / (longest + 1) - self._node_s)
         failed = set()
         for job in jobs:
-            if job.matcher.is_error() or self._is_stuck(job):
+            if job.matcher.is_error() or not job.tree.accept(job.chain, len(job.drafts), is_cut=self._is_wider):
                 failed.add(job.tree.lane.uid)
         for tree in trees:
             tree.lane.num_draft_failures += tree.lane.uid in failed
         return [tree for tree in trees if tree.lane.uid not in failed]
-
-    def _is_stuck(self, job: _Job) -> bool:
-        """Take the chain's masks over. Whether there is no way to go on from its last node: llguidance knows, but for tokens that
-        the logits do not have."""
-        tree, node = job.tree, job.tree.accept(job.chain, len(job.drafts))
-        if self.num_words == self.num_mask_words or node < 0 or tree.mask_KW[tree.rows[node]].any():
-            return False
-        tree.rows[node] = -1
-        return True
 
     def _run(self, jobs: Sequence[_Job], mask_KW: np.ndarray) -> None:
         self._executor = self._executor or LLExecutor(min(os.cpu_count() or 1, _MAX_THREADS))
@@ -250,8 +245,19 @@ class GrammarLanes:
             fill_next_token_bitmask_par(self._executor, rooted, mask_KW)
         if drafted:
             fill_next_token_bitmask_par_with_draft_tokens(self._executor, drafted, mask_KW)
-        # The tokenizer may know more tokens than the logits have.
-        mask_KW[:, self.num_words :] = 0
+        self._cut(mask_KW)
+
+    def _cut(self, mask_KW: np.ndarray) -> None:
+        """Forbid tokens that the tokenizer knows and the logits do not have."""
+        if self._is_wider:
+            mask_KW[:, self.num_words :] = 0
+            if num_bits := self._num_tokens % 32:
+                mask_KW[:, self.num_words - 1] &= (1 << num_bits) - 1
+
+    @property
+    def _is_wider(self) -> bool:
+        """Whether a mask has tokens that the logits do not have."""
+        return self._compiler.num_tokens > self._num_tokens
 
 
 @dataclass(slots=True)
@@ -284,15 +290,19 @@ class _Tree:
         row, token_id = self.rows[self.parents[node]], self.tokens[node]
         return row >= 0 and token_id not in self.lane.end_ids and bool(int(self.mask_KW[row, token_id >> 5]) >> (token_id & 31) & 1)
 
-    def accept(self, chain: Chain, num_drafts: int) -> int:
-        """Take a chain's masks over. Returns the deepest node that has its own now, -1 if there is none."""
-        deepest = -1
+    def accept(self, chain: Chain, num_drafts: int, *, is_cut: bool) -> bool:
+        """Take a chain's masks over. False if one is not there: llguidance may refuse a token that it has allowed.
+
+        is_cut: tokens may have been taken from masks, so that nothing is left.
+        """
         for depth, node in enumerate(chain.nodes, start=chain.first_depth):
             if depth > num_drafts or not self.is_open(node):
                 break
-            self.take(node, self.first_row + chain.first_row + depth, depth=depth)
-            deepest = node
-        return deepest
+            row = self.first_row + chain.first_row + depth
+            if self.mask_KW[row, 0] == _NOT_WRITTEN or (is_cut and not self.mask_KW[row].any()):
+                return False
+            self.take(node, row, depth=depth)
+        return True
 
     def take(self, node: int, row: int, *, depth: int) -> None:
         """A node's mask is there. Before `min_tokens` only what goes on may be drawn, if there is anything."""

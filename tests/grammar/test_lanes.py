@@ -183,15 +183,26 @@ def test_a_request_leaves_nothing_behind_for_the_next_one_with_its_grammar():
     assert (mask_W == np.frombuffer(matcher.compute_bitmask(), dtype=np.int32)).all()
 
 
-def test_tokens_beyond_the_logits_are_no_way_to_go_on():
+def test_a_node_whose_token_is_refused_though_it_was_allowed_has_no_mask():
+    """llguidance leaves what there was in its place."""
+    grammar = Grammar(kind="cfg", text='%llguidance {"allow_invalid_utf8": true}\nstart: "a" /(?s:.)*/ "cat"')
+    lanes = make_lanes(join(0, grammar, []))
+    letter, special = PIECES.index("a"), PIECES.index("<pad>")
+    mask_KW = np.full((3, lanes.num_mask_words), -1, dtype=np.int32)
+    masks = lanes.fill([0], np.array([[0, letter, special]]), [-1, 0, 1], budget_s=1e9, mask_KW=mask_KW)
+    assert PIECES.index("<pad>") in allowed(masks.mask_KW[1])
+    assert masks.row_BN.tolist() == [[0, 1, -1]]
+
+
+@pytest.mark.parametrize("num_tokens", [64, 97])
+def test_tokens_beyond_the_logits_are_no_way_to_go_on(num_tokens):
     tokenizer = tiny_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<x0>", "<x1>"]})
-    num_tokens = 64
+    assert len(tokenizer) == 98
     compiler = GrammarCompiler(lambda: vocabulary(tokenizer, num_tokens, [EOS_ID]))
     lanes = GrammarLanes(compiler, num_tokens=num_tokens, eos_token_ids=[EOS_ID])
     grammar = Grammar(kind="cfg", text='start: "a" <x1> "b"')
     lanes.apply(StepPlan(step_id=0, joins=[join(0, grammar, tokenizer.encode("a"))]))
-    assert lanes.num_mask_words > num_tokens // 32
     lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1])
     assert lanes.take(LaneResult(lane=0, uid=100, token_ids=[7])).finish_reason is FinishReason.GRAMMAR
 
