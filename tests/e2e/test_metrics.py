@@ -18,7 +18,7 @@ def test_token_counters_agree_with_usage(server: Server):
     answers = [
         server.complete("def fibonacci(n):\n", max_tokens=40),
         server.complete("1, 2, 3, 4, 5, 6,", max_tokens=40, stop="9"),
-        server.complete("The", max_tokens=12, n=2, temperature=1.0),
+        server.complete("The", max_tokens=12, n=2, temperature=1.0, ignore_eos=True),
     ]
     after = server.until_idle()
     assert grown(before, after, "generation_tokens_total") == sum(answer["usage"]["completion_tokens"] for answer in answers)
