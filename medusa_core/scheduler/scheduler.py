@@ -32,8 +32,8 @@ from medusa_core.scheduler.step_counts import StepCounts
 from medusa_core.tree.topology import TreeTopology
 
 _ROOT_ONLY = TreeTopology(())
-# From one step of lanes with a grammar to the next, where there are as many others: each such step costs these some half of a
-# millisecond on an H200, whatever else a step takes.
+# From one step of lanes with a grammar to the next, where there are as many others. A time, as on an H200 each such step takes some
+# 0.2 to 0.6 ms more, where steps take 1.1 ms as well as where they take 2.1 ms.
 _PAUSE_S = 0.009
 
 

@@ -203,6 +203,7 @@ def test_tokens_beyond_the_logits_are_no_way_to_go_on(num_tokens):
     lanes = GrammarLanes(compiler, num_tokens=num_tokens, eos_token_ids=[EOS_ID])
     grammar = Grammar(kind="cfg", text='start: "a" <x1> "b"')
     lanes.apply(StepPlan(step_id=0, joins=[join(0, grammar, tokenizer.encode("a"))]))
+    assert lanes.num_mask_words > num_tokens // 32
     lanes.fill([0], np.zeros((1, 1), dtype=np.int64), [-1])
     assert lanes.take(LaneResult(lane=0, uid=100, token_ids=[7])).finish_reason is FinishReason.GRAMMAR
 
